@@ -61,6 +61,7 @@ class AccumulateStep(Callback):
         if self.win.c is not None: self.win.add(self.win.c, self.loss.detach())
 
     def before_step(self):
+        if self.win.closed: return
         if self.win.last: return self._close()
         for m in self.mets: m.accumulate(self.learn)
         self._hold()
@@ -83,11 +84,11 @@ class AccumulateStep(Callback):
     def _all_batches(self, learn, all_batches):
         "Stand in for `learn.all_batches`, so that the training part of an epoch leaves nothing open, whatever ends it"
         if self not in learn.cbs or not learn.training: return all_batches()
-        self.n_dl,self.n_win,self.i_win = len(learn.dl),self._n_win(learn.dl),0
-        self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
-        if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
         end = None
         try:
+            self.n_dl,self.n_win,self.i_win = len(learn.dl),self._n_win(learn.dl),0
+            self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
+            if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
             try: all_batches()
             except _cancels as e: end = e
             self._release()

@@ -60,14 +60,14 @@ def tensors(o):
 def seed(s=7):
     torch.manual_seed(s); random.seed(s); np.random.seed(s)
 
-def learner(n, bs, acc=None, dtype=torch.float64, opt_func=partial(SGD, mom=0.9), loss_func=None, data=None, model=None, cbs=None, path=None, **kwargs):
+def learner(n, bs, acc=None, dtype=torch.float64, opt_func=partial(SGD, mom=0.9), loss_func=None, data=None, model=None, cbs=None, path=None, metrics=None, **kwargs):
     "A learner for `n` training samples; with `Recorder` in float32 only, as that knows no float64"
     x,y = data or problem(n+16)
     seed()
     model = (model or net)().to(dtype)
     rec = dtype==torch.float32
     learn = Learner(loaders(x.to(dtype), y, bs, **kwargs), model, loss_func=loss_func or nn.CrossEntropyLoss(), opt_func=opt_func,
-                    default_cbs=rec, cbs=L(None if rec else TrainEvalCallback) + L(acc) + L(cbs) + Trace(), splitter=two_groups if isinstance(model, nn.Sequential) else trainable_params, path=path)
+                    default_cbs=rec, cbs=L(None if rec else TrainEvalCallback) + L(acc) + L(cbs) + Trace(), splitter=two_groups if isinstance(model, nn.Sequential) else trainable_params, path=path, metrics=metrics)
     if rec: learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn

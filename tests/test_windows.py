@@ -103,6 +103,8 @@ def test_train_metrics(reduction):
         return learn
     a,b = one(16),one(4, AccumulateStep(4), reduction)
     names = L(a.recorder.metric_names)[1:-1]
+    assert names==['train_loss','train_accuracy','train_error_rate','valid_loss','valid_accuracy','valid_error_rate']
+    assert len(set(L(a.recorder.values).itemgot(1)))>1
     for v,w in zip(a.recorder.values, b.recorder.values):
         for name,p,q in zip(names, v, w):
             if name!='valid_loss' or reduction=='mean': assert rel(p, q)<=1e-5, name # fastai's own mean over a sum loss knows no mean
