@@ -73,10 +73,10 @@ def learner(n, bs, acc=None, dtype=torch.float64, opt_func=partial(SGD, mom=0.9)
     return learn
 
 def run(learn, fit):
-    "`fit(learn)` from a fixed random state; the trace of it"
+    "`fit(learn)` from a fixed random state"
     seed()
     fit(learn)
-    return learn.trace
+    return learn
 
 def rel(a, b):
     "Relative difference of `b` from `a`"
