@@ -1,11 +1,15 @@
+"""Train at the batch size that your method wants, on the memory that you have, and get *the same run* as if the large batch had fitted.
+`AccumulateStep` is one callback that makes one optimizer step from the gradients of several micro-batches.
+Weights, optimizer state, learning rates, recorded losses and `lr_find` are then those of the large batch to the last digits of floating
+point, also where batches are uneven, windows do not divide the epoch, or the loss sums instead of averaging."""
+
 __version__ = "0.0.1"
 
-from importlib.metadata import PackageNotFoundError,version
+from importlib.metadata import PackageNotFoundError,version as _version
 
-try: _fastai = version('fastai')
+try: _fastai = _version('fastai')
 except PackageNotFoundError: raise ImportError("fastai_accum extends fastai, which is not installed: `pip install fastai`") from None
 if _fastai.startswith('1.'): raise ImportError(f"fastai_accum needs fastai 2, and {_fastai} is installed: `pip install -U fastai`")
 
-from .core import *
 from .optimizer import *
 from .callback import *

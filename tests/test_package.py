@@ -1,0 +1,48 @@
+"What users install is what is here"
+import subprocess,sys,tarfile,zipfile
+import pytest
+from configparser import ConfigParser
+from email import message_from_string
+from pathlib import Path
+from fastai_accum import __version__
+
+root = Path(__file__).parent.parent
+
+@pytest.fixture(scope='module')
+def dists(tmp_path_factory):
+    "A wheel and an sdist, from a copy of what git has so that nothing else gets in"
+    src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
+    for f in subprocess.check_output(['git','ls-files','-z','--cached','--others','--exclude-standard'], cwd=root, text=True).split('\0'):
+        if f and (root/f).is_file(): (src/f).parent.mkdir(parents=True, exist_ok=True); (src/f).write_bytes((root/f).read_bytes())
+    subprocess.run([sys.executable,'-m','build','--no-isolation','-o',out,src], check=True, capture_output=True, text=True)
+    return {f.name.split('.')[-1]:f for f in out.iterdir()}
+
+def modules(): return {f'fastai_accum/{f.name}' for f in (root/'fastai_accum').glob('*.py')}
+
+def test_wheel(dists):
+    z = zipfile.ZipFile(dists['whl'])
+    names = {n for n in z.namelist() if 'dist-info' not in n}
+    assert names==modules()
+    info = {n.split('/')[-1]:z.read(n).decode() for n in z.namelist() if 'dist-info' in n}
+    meta,cfg = message_from_string(info['METADATA']),ConfigParser()
+    cfg.read(root/'settings.ini')
+    cfg = cfg['DEFAULT']
+    assert meta['Version']==__version__ and meta['Name']==cfg['lib_name'] and meta['Summary']==cfg['description']
+    assert [r for r in meta.get_all('Requires-Dist') if 'extra' not in r]==cfg['requirements'].split()
+    assert meta['Requires-Python']==f">={cfg['min_python']}" and meta['License-Expression']==cfg['license']
+    assert (root/'README.md').read_text().strip() in info['METADATA'] and 'fastai_accum._modidx:d' in info['entry_points.txt']
+
+def test_sdist_builds_the_same(dists, tmp_path):
+    tarfile.open(dists['gz']).extractall(tmp_path, filter='data')
+    src, = tmp_path.iterdir()
+    assert all((src/f).is_file() for f in modules()|{'settings.ini','setup.py','pyproject.toml','LICENSE','README.md','CHANGELOG.md','CONTRIBUTING.md'})
+    subprocess.run([sys.executable,'-m','build','--no-isolation','--wheel','-o',tmp_path/'again',src], check=True, capture_output=True)
+    again, = (tmp_path/'again').iterdir()
+    assert zipfile.ZipFile(again).namelist()==zipfile.ZipFile(dists['whl']).namelist()
+
+def test_needs_fastai():
+    "Without fastai, or with fastai 1, the import says what to install"
+    for found,hint in (("raise PackageNotFoundError", 'pip install fastai'), ("return '1.0.61'", 'pip install -U fastai')):
+        code = f"import importlib.metadata as m\nfrom importlib.metadata import PackageNotFoundError\ndef version(name):\n    {found}\nm.version = version\nimport fastai_accum"
+        res = subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, cwd=root)
+        assert res.returncode and 'ImportError: fastai_accum' in res.stderr and hint in res.stderr
