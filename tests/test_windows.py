@@ -36,7 +36,7 @@ class Counts(Callback):
     def before_fit(self): self.n,self.samples = [],[[] for _ in range(self.n_epoch)]
     def before_step(self):
         win = self.accumulate_step.win
-        self.n.append(win.count); self.samples[self.epoch].append(win.denom)
+        self.n.append(win.count); self.samples[self.epoch].append(int(win.denom))
 
 @pytest.mark.parametrize('sched', (SchedLin(1,4), lambda p: 1 if p<0.5 else 3, SchedCos(6,1)))
 @pytest.mark.parametrize('unit', ('n_step','n_samples'))
