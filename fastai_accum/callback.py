@@ -54,6 +54,8 @@ class AccumulateStep(Callback):
 
     def before_batch(self):
         i,bs = self.iter,find_bs(self.yb)
+        if self.opt is not self.gate: self.learn.opt = self.gate = AccumulateOptimizer(self.opt)
+        self.gate.open = True
         if self.win is None: self._open(i, bs)
         self.win.seen += 1 if self.unit=='n_step' else bs
         self.win.last = self.win.seen>=self.win.size or (i+1==self.n_dl and self._steps_leftover)
@@ -107,13 +109,12 @@ class AccumulateStep(Callback):
             if not isinstance(e, _cancels): self._drop()
             raise
         finally:
-            if learn.opt is self.gate: learn.opt = self.gate.wrapped
+            if self.gate is not None and learn.opt is self.gate: learn.opt = self.gate.wrapped
+            self.gate = None
             self.after_epoch()
 
     def _open(self, i, bs):
         "Open a window at micro-batch `i` of `bs` samples"
-        if self.opt is not self.gate: self.learn.opt = self.gate = AccumulateOptimizer(self.opt)
-        self.gate.open = True
         # where windows can't be counted beforehand, training progress is that of the dataloader
         self.learn.pct_train = min(self.pct_train, (self.epoch+1)/self.n_epoch) if self.n_win else (self.epoch + i/self.n_dl)/self.n_epoch
         size = self._size(self.pct_train)
@@ -147,8 +148,8 @@ class AccumulateStep(Callback):
     def _drop(self):
         "Forget an open window and its gradients"
         if self.win is None: return
-        self.win,self.gate.open = None,False
-        self.gate.real_zero_grad()
+        self.win = None
+        getattr(self.opt, 'real_zero_grad', self.opt.zero_grad)()
 
     # what happens to a micro-batch inside a window is no end of a batch: nobody else hears of it
     def _hold(self): self.held,self.learn.cbs = self.learn.cbs,L(self)
