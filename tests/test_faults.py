@@ -57,6 +57,17 @@ def boom_at(k, f, exc):
         return f(*args, **kwargs)
     return _f
 
+def test_interrupt_between_micro_batches():
+    "An interrupt in the moment in which nobody else hears of events: all callbacks are back"
+    class Interrupted(AccumulateStep):
+        name = 'accumulate_step'
+        def after_batch(self):
+            if self.held and self.win.count==2: raise KeyboardInterrupt
+            super().after_batch()
+    learn = fresh(Interrupted(N_STEP))
+    with pytest.raises(KeyboardInterrupt): run(learn, lambda l: l.fit(1, 0.1))
+    assert_plain(learn, 3)
+
 @pytest.mark.parametrize('where', ('loader','model','loss','backward','optimizer','metric'))
 @pytest.mark.parametrize('exc', (Boom,KeyboardInterrupt))
 def test_error_outside_callbacks(where, exc, monkeypatch):
