@@ -265,3 +265,18 @@ def test_detach_and_one_fit_only():
     assert learn.detach_accum() is learn; fit()
     assert counts==[19,5,19,10,2,19]
     assert len(learn.cbs)==2
+
+def test_error_while_a_window_is_carried():
+    "A fit dies in validation, with a window carried over: the next fit does not find its gradients"
+    class Late(Callback):
+        def after_validate(self): raise Boom('boom')
+    died,other = (fresh(AccumulateStep(N_STEP, leftover='carry')) for _ in range(2))
+    with pytest.raises(Boom): run(died, lambda l: l.fit(2, 0.1, cbs=Late()))
+    assert type(died.opt) is Optimizer and any(p.grad.any() for p in died.model.parameters())
+    other.model.load_state_dict(deepcopy(died.model.state_dict()))
+    other.create_opt(); other.opt.load_state_dict(deepcopy(died.opt.state_dict()))
+    died.trace.steps,died.trace.batches = [],[]
+    for l in (other,died):
+        l.dls.train.rng = random.Random(3)
+        run(l, lambda l: l.fit(2, 0.1))
+    assert_same_run(other, died, 1e-12)
