@@ -6,6 +6,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_accum/callback.py'),
                                        'fastai_accum.callback.AccumulateStep._all_batches': ( 'callback.html#accumulatestep._all_batches',
                                                                                               'fastai_accum/callback.py'),
+                                       'fastai_accum.callback.AccumulateStep._clash': ( 'callback.html#accumulatestep._clash',
+                                                                                        'fastai_accum/callback.py'),
                                        'fastai_accum.callback.AccumulateStep._close': ( 'callback.html#accumulatestep._close',
                                                                                         'fastai_accum/callback.py'),
                                        'fastai_accum.callback.AccumulateStep._denominator': ( 'callback.html#accumulatestep._denominator',

@@ -8,7 +8,6 @@ __all__ = ['counts_elements', 'AccumulateStep']
 # %% ../nbs/02_callback.ipynb #b77e8b6d
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
-from fastai.callback.training import GradientAccumulation
 from fastai.losses import FocalLoss,LabelSmoothingCrossEntropy
 from .core import *
 from .optimizer import AccumulateOptimizer
@@ -21,7 +20,8 @@ _cancels = CancelTrainException,CancelEpochException,CancelFitException
 
 class AccumulateStep(Callback):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
-    order,run_valid,win,gate,held = -100,False,None,None,None # the order makes it the first to hear of each event
+    order,run_valid = -100,False # the first to hear of each event
+    win,gate,held,mets = None,None,None,()
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
@@ -37,9 +37,9 @@ class AccumulateStep(Callback):
 
     def before_fit(self):
         self._drop()
+        self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(self.learn.loss_func, 'reduction')=='sum' else 'mean'
         for cb in self.learn.cbs:
-            if cb is not self and isinstance(cb, (AccumulateStep,GradientAccumulation)):
-                raise ValueError(f"{cb} beside {self}: one of them is enough, remove the other with `learn.remove_cb({cb})`")
+            if cb is not self and (why := self._clash(cb)): raise ValueError(f"{cb} beside {self}: {why}")
             if isinstance(cb, LRFinder): self.learn.n_epoch = cb.num_it//(self._n_win(self.dls.train) or 1) + 1 # it counts steps
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
@@ -47,7 +47,6 @@ class AccumulateStep(Callback):
         loss = self.learn.loss_func
         if self.normalize=='auto' and loss_option(loss, 'eps') and loss_option(loss, 'weight') is not None:
             warn(f"{loss} divides one part by samples and another by class weights, so it is no mean that micro-batches could be weighted for: samples are counted")
-        self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(loss, 'reduction')=='sum' else 'mean'
 
     def before_epoch(self):
         if 'all_batches' not in vars(self.learn): self.learn.all_batches = partial(self._all_batches, self.learn, self.learn.all_batches)
@@ -72,8 +71,8 @@ class AccumulateStep(Callback):
 
     def before_step(self):
         if self.win.closed: return
+        for m in self.mets: m.accumulate(self.learn) # now, as `learn.loss` is still the micro-batch's
         if self.win.last: return self._close()
-        for m in self.mets: m.accumulate(self.learn)
         self._hold()
         raise CancelBatchException
 
@@ -98,6 +97,7 @@ class AccumulateStep(Callback):
         try:
             self.n_dl,self.n_win,self.i_win = len(learn.dl),self._n_win(learn.dl),0
             self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
+            if self.mets: learn.recorder.train_metrics = False
             if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
             try: all_batches()
             except _cancels as e: end = e
@@ -110,6 +110,7 @@ class AccumulateStep(Callback):
             raise
         finally:
             if self.gate is not None and learn.opt is self.gate: learn.opt = self.gate.wrapped
+            if self.mets: learn.recorder.train_metrics = True
             self.gate = None
             self.after_epoch()
 
@@ -125,7 +126,8 @@ class AccumulateStep(Callback):
         "Give the window's gradients the large batch's scale and let the optimizer at them"
         self.win.closed,self.gate.open = True,False
         if self.win.count==0: return False
-        rescale(self.opt.all_params(with_grad=True).itemgot(0), self.win.scale)
+        # in mixed precision of fastai's own making, the optimizer has copies of the model's parameters
+        rescale({*self.model.parameters(), *self.opt.all_params().itemgot(0)}, self.win.scale)
         self.learn.loss = self.win.mean_loss
         return True
 
@@ -150,6 +152,7 @@ class AccumulateStep(Callback):
         if self.win is None: return
         self.win = None
         getattr(self.opt, 'real_zero_grad', self.opt.zero_grad)()
+        self.model.zero_grad(set_to_none=False)
 
     # what happens to a micro-batch inside a window is no end of a batch: nobody else hears of it
     def _hold(self): self.held,self.learn.cbs = self.learn.cbs,L(self)
@@ -165,6 +168,15 @@ class AccumulateStep(Callback):
         if not bs or self.leftover=='carry' or callable(getattr(self, self.unit)): return None
         n = len(dl)/math.ceil(self._size(0)/bs)
         return math.floor(n) if self.leftover=='drop' else math.ceil(n)
+
+    def _clash(self, cb):
+        "Why `cb` can't work beside this callback, None if it can"
+        def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
+        if isa('AccumulateStep','GradientAccumulation'): return f"one of them is enough, remove the other with `learn.remove_cb({cb})`"
+        if isa('HookCallback') and cb.every is not None: return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
+        if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
+        if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
+        if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self.reduction!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
 
     def _denominator(self):
         if callable(self.normalize): return check_denominator(self.normalize(self.learn))
