@@ -9,6 +9,7 @@ __all__ = ['counts_elements', 'AccumulateStep']
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 from fastai.losses import FocalLoss,LabelSmoothingCrossEntropy
+from torch.nn.parallel import DistributedDataParallel
 from .core import *
 from .optimizer import AccumulateOptimizer
 
@@ -21,7 +22,7 @@ _cancels = CancelTrainException,CancelEpochException,CancelFitException
 class AccumulateStep(Callback):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,run_valid = -100,False # the first to hear of each event
-    win,gate,held,mets = None,None,None,()
+    win,gate,held,mets,ddp = None,None,None,(),False
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
@@ -59,15 +60,23 @@ class AccumulateStep(Callback):
         self.win.seen += 1 if self.unit=='n_step' else bs
         self.win.last = self.win.seen>=self.win.size or (i+1==self.n_dl and self._steps_leftover)
         if self.n_win: self.learn.iter,self.learn.n_iter = self.i_win,self.n_win
+        if self.ddp: self.model.require_backward_grad_sync = self.win.last # what `no_sync` sets, forward and backward
 
     def before_backward(self):
         targ,c = self.yb[0],self._denominator()
         if not isinstance(c, Tensor) and c==0: raise CancelBackwardException # nothing in it counts
         self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else find_bs(self.yb))
+        if self.ddp and self.win.last: # the one backward pass that communicates: it is to average what has its final scale
+            self.win.add(self.loss.detach())
+            self.learn.loss_grad = self.loss_grad*self._pool()
 
-    def after_cancel_backward(self): self.win.c = None
+    def after_cancel_backward(self):
+        self.win.c = None
+        if self.win.pooled: self.win.undo()
+
     def after_backward(self):
-        if self.win.c is not None: self.win.add(self.loss.detach())
+        if self.win.pooled: self.win.reduced = True
+        elif self.win.c is not None: self.win.add(self.loss.detach())
 
     def before_step(self):
         if self.win.closed: return
@@ -98,6 +107,7 @@ class AccumulateStep(Callback):
             self.n_dl,self.n_win,self.i_win = len(learn.dl),self._n_win(learn.dl),0
             self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
             if self.mets: learn.recorder.train_metrics = False
+            self.ddp = isinstance(learn.model, DistributedDataParallel)
             if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
             try: all_batches()
             except _cancels as e: end = e
@@ -111,6 +121,7 @@ class AccumulateStep(Callback):
         finally:
             if self.gate is not None and learn.opt is self.gate: learn.opt = self.gate.wrapped
             if self.mets: learn.recorder.train_metrics = True
+            if self.ddp: learn.model.require_backward_grad_sync = True
             self.gate = None
             self.after_epoch()
 
@@ -125,11 +136,31 @@ class AccumulateStep(Callback):
     def _close(self):
         "Give the window's gradients the large batch's scale and let the optimizer at them"
         self.win.closed,self.gate.open = True,False
-        if self.win.count==0: return False
-        # in mixed precision of fastai's own making, the optimizer has copies of the model's parameters
-        rescale({*self.model.parameters(), *self.opt.all_params().itemgot(0)}, self.win.scale)
+        if self.ddp:
+            if not self.win.reduced: self._reduce()
+        elif self.win.count==0: return False
+        else: rescale(self._params, self.win.scale)
         self.learn.loss = self.win.mean_loss
         return True
+
+    def _pool(self):
+        "Count for all processes, and give the gradients so far the scale that goes with it"
+        scale = self.win.pool(self.model.process_group, next(self.model.parameters()))
+        rescale(self._params, scale)
+        return scale
+
+    def _reduce(self):
+        "Let `DistributedDataParallel` average the gradients of a window whose last backward pass did not come, by an empty one"
+        self._pool()
+        self.model.require_backward_grad_sync = self.model.require_forward_param_sync = True
+        loss = sum(p.sum()*0 for p in self.model.parameters() if p.requires_grad)
+        self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else []) # as its forward pass does
+        loss.backward()
+
+    @property
+    def _params(self):
+        # in mixed precision of fastai's own making, the optimizer has copies of the model's parameters
+        return {*self.model.parameters(), *self.opt.all_params().itemgot(0)}
 
     def _step(self):
         "Close a window whose last micro-batch did not come to `before_step`; was there anything to step?"
@@ -166,7 +197,9 @@ class AccumulateStep(Callback):
         "Windows in an epoch of `dl`, None if that can't be known beforehand"
         bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
         if not bs or self.leftover=='carry' or callable(getattr(self, self.unit)): return None
-        n = len(dl)/math.ceil(self._size(0)/bs)
+        n = len(dl)
+        if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'): n = math.ceil(n/num_distrib()) # not sharded yet
+        n /= math.ceil(self._size(0)/bs)
         return math.floor(n) if self.leftover=='drop' else math.ceil(n)
 
     def _clash(self, cb):

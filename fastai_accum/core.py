@@ -102,6 +102,7 @@ class Window:
         self.n,self.reduction,self.size = n,reduction,size
         self.seen,self.count,self.denom,self.loss,self.ref = 0,0,0,0,None
         self.c,self.last,self.closed = None,False,False # of the current micro-batch: its denominator, is it the last; is the window done
+        self.pooled,self.reduced = False,False # with several processes: are the totals those of all, are the gradients
 
     def weigh(self,
         loss, # The loss of a micro-batch
@@ -117,11 +118,29 @@ class Window:
         return loss*((c if self.reduction=='mean' else 1)/self.ref)
 
     def add(self, loss):
-        "Count the micro-batch that was weighed last, `loss` being its own, detached, after its backward pass"
+        "Count the micro-batch that was weighed last, `loss` being its own, detached"
+        self.before = self.count,self.denom,self.loss
         self.count += 1
-        self.denom += self.c
+        self.denom = self.denom+self.c
         if self.reduction=='mean': loss = torch.where(self.c>0, loss*self.c, 0) if isinstance(self.c, torch.Tensor) else loss*self.c
-        self.loss += loss
+        self.loss = self.loss+loss
+
+    def undo(self):
+        "Take back what was counted last"
+        (self.count,self.denom,self.loss),self.pooled = self.before,False
+
+    def pool(self,
+        group, # The process group
+        like # A tensor of the dtype and on the device of the gradients
+    ): # What this process's gradients are to be multiplied by, so that the mean over all processes is the global batch's gradient
+        "Go on with the totals of all processes of `group`"
+        n,t = group.size(),torch.zeros(2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        for o,v in zip(t, (self.denom,self.loss)): o += v # these may be on the device: nothing is to be read here
+        torch.distributed.all_reduce(t, group=group)
+        (self.denom,self.loss),self.pooled = t,True
+        if self.ref is None: self.ref = 1
+        scale,self.ref = n*self.scale,(1 if self.reduction=='none' else self.denom)/n
+        return scale
 
     def _over(self, v):
         "`v` over what the window counted, 0 if that is nothing"
