@@ -108,6 +108,9 @@ class AccumulateStep(Callback):
             self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
             if self.mets: learn.recorder.train_metrics = False
             self.ddp = isinstance(learn.model, DistributedDataParallel)
+            if not self.ddp and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1:
+                raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
+                                 "`learn.distrib_ctx()` makes it, is known to wait for the last micro-batch; compile or wrap what is inside it")
             if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
             try: all_batches()
             except _cancels as e: end = e

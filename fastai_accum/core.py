@@ -162,7 +162,8 @@ def rescale(
     params, # Parameters, with or without gradient
     scale # A number or a one-element tensor
 ):
-    "Multiply the gradients of `params` by `scale` in place, in one fused call; does nothing if `scale` is the number 1"
+    "Multiply the gradients of `params` by `scale` in place, in one fused call; does nothing if `scale` is known to be 1"
+    if isinstance(scale, torch.Tensor) and scale.device.type=='cpu': scale = scale.item() # no device to wait for
     if not isinstance(scale, torch.Tensor) and scale==1: return
     grads = [p.grad for p in params if p.grad is not None]
     if grads: torch._foreach_mul_(grads, scale)
