@@ -67,7 +67,7 @@ class AccumulateStep(Callback):
         if not isinstance(c, Tensor) and c==0: raise CancelBackwardException # nothing in it counts
         self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else find_bs(self.yb))
         if self.ddp and self.win.last: # the one backward pass that communicates: it is to average what has its final scale
-            self.win.add(self.loss.detach())
+            self.win.add(self.loss)
             self.learn.loss_grad = self.loss_grad*self._pool()
 
     def after_cancel_backward(self):
@@ -76,7 +76,7 @@ class AccumulateStep(Callback):
 
     def after_backward(self):
         if self.win.pooled: self.win.reduced = True
-        elif self.win.c is not None: self.win.add(self.loss.detach())
+        elif self.win.c is not None: self.win.add(self.loss)
 
     def before_step(self):
         if self.win.closed: return

@@ -115,10 +115,11 @@ class Window:
         else: expect = c
         if self.ref is None: self.ref = self.n*expect
         self.c = c
-        return loss*((c if self.reduction=='mean' else 1)/self.ref)
+        return loss.as_subclass(torch.Tensor)*((c if self.reduction=='mean' else 1)/self.ref) # fastai's tensor types make each operation slow
 
     def add(self, loss):
-        "Count the micro-batch that was weighed last, `loss` being its own, detached"
+        "Count the micro-batch that was weighed last, `loss` being its own"
+        loss = loss.as_subclass(torch.Tensor).detach()
         self.before = self.count,self.denom,self.loss
         self.count += 1
         self.denom = self.denom+self.c
