@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 help:
 	@echo "make demo    train digits as bs=32, as 4x8 with AccumulateStep, and otherwise; a table and out/digits.png"
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
-	@echo "make bench   time per micro-batch against fastai's callback and a hand-written loop"
+	@echo "make bench   time and communication against fastai's own callback and a hand-written loop"
 	@echo "make sync    export the package, clean the notebooks, write README.md from nbs/index.ipynb"
 
 env: $(VENV)/.done
@@ -19,7 +19,8 @@ demo: env
 	$(PY) examples/digits.py
 
 bench: env
-	$(PY) benchmarks/overhead.py
+	$(PY) -W ignore benchmarks/overhead.py
+	$(PY) -W ignore benchmarks/communication.py
 
 sync: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh

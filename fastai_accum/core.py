@@ -52,7 +52,7 @@ def denominator(
     targ = targs[0]
     if targ.is_floating_point(): return pred.numel() # probabilities
     mask,weight = targ!=loss_option(loss_func, 'ignore_index', -100),loss_option(loss_func, 'weight')
-    return mask.sum() if weight is None else (weight[targ.where(mask, 0).long()]*mask).sum()
+    return mask.sum() if weight is None else (weight[targ.masked_fill(~mask, 0).long()]*mask).sum()
 
 # %% ../nbs/00_core.ipynb #82e2dbe8
 def check_denominator(
@@ -123,7 +123,7 @@ class Window:
         self.before = self.count,self.denom,self.loss
         self.count += 1
         self.denom = self.denom+self.c
-        if self.reduction=='mean': loss = torch.where(self.c>0, loss*self.c, 0) if isinstance(self.c, torch.Tensor) else loss*self.c
+        if self.reduction=='mean': loss = (loss*self.c).masked_fill(self.c==0, 0) if isinstance(self.c, torch.Tensor) else loss*self.c
         self.loss = self.loss+loss
 
     def undo(self):
@@ -146,7 +146,7 @@ class Window:
     def _over(self, v):
         "`v` over what the window counted, 0 if that is nothing"
         if self.reduction=='none': return v
-        return torch.where(self.denom>0, v/self.denom, 0) if isinstance(self.denom, torch.Tensor) else v/self.denom
+        return (v/self.denom).masked_fill(self.denom==0, 0) if isinstance(self.denom, torch.Tensor) else v/self.denom
 
     @property
     def scale(self):
