@@ -38,7 +38,7 @@ class AccumulateStep(Callback):
 
     def before_fit(self):
         self._drop()
-        self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(self.learn.loss_func, 'reduction')=='sum' else 'mean'
+        self.before_train()
         for cb in self.learn.cbs:
             if cb is not self and (why := self._clash(cb)): raise ValueError(f"{cb} beside {self}: {why}")
             if isinstance(cb, LRFinder): self.learn.n_epoch = cb.num_it//(self._n_win(self.dls.train) or 1) + 1 # it counts steps
@@ -46,14 +46,20 @@ class AccumulateStep(Callback):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
         loss = self.learn.loss_func
-        if self.normalize=='auto' and loss_option(loss, 'eps') and loss_option(loss, 'weight') is not None:
-            warn(f"{loss} divides one part by samples and another by class weights, so it is no mean that micro-batches could be weighted for: samples are counted")
+        if self.normalize!='auto' or self.reduction!='mean': return
+        if loss_option(loss, 'eps') and loss_option(loss, 'weight') is not None: why = "divides one part by samples and another by class weights"
+        elif any(getattr(o, 'reduction', None)=='sum' for o in {**getattr(loss, '__dict__', {}), **getattr(loss, '_modules', {})}.values()): why = "has a part that sums"
+        else: return
+        warn(f"{loss} {why}, so there is no one number that its micro-batches could be weighted by: samples are counted, and the run is not quite the large batch's")
+
+    def before_train(self): # before `MixUp` takes the loss's place
+        self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(self.learn.loss_func, 'reduction')=='sum' else 'mean'
 
     def before_epoch(self):
         if 'all_batches' not in vars(self.learn): self.learn.all_batches = partial(self._all_batches, self.learn, self.learn.all_batches)
 
     def before_batch(self):
-        i,bs = self.iter,find_bs(self.yb)
+        i,bs = self.iter,self._bs
         if self.opt is not self.gate: self.learn.opt = self.gate = AccumulateOptimizer(self.opt)
         self.gate.open = True
         if self.win is None: self._open(i, bs)
@@ -65,7 +71,7 @@ class AccumulateStep(Callback):
     def before_backward(self):
         targ,c = self.yb[0],self._denominator()
         if not isinstance(c, Tensor) and c==0: raise CancelBackwardException # nothing in it counts
-        self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else find_bs(self.yb))
+        self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else self._bs)
         if self.ddp and self.win.last: # the one backward pass that communicates: it is to average what has its final scale
             self.win.add(self.loss)
             self.learn.loss_grad = self.loss_grad*self._pool()
@@ -115,7 +121,8 @@ class AccumulateStep(Callback):
             try: all_batches()
             except _cancels as e: end = e
             self._release()
-            self._flush()
+            try: self._flush()
+            except _cancels as e: end = end or e
             if end: raise end
         except BaseException as e:
             self._release()
@@ -142,7 +149,7 @@ class AccumulateStep(Callback):
         if self.ddp:
             if not self.win.reduced: self._reduce()
         elif self.win.count==0: return False
-        else: rescale(self._params, self.win.scale)
+        elif isinstance(scale := self.win.scale, Tensor) or scale!=1: rescale(self._params, scale)
         self.learn.loss = self.win.mean_loss
         return True
 
@@ -176,6 +183,8 @@ class AccumulateStep(Callback):
 
     def _flush(self):
         "See to the window that an epoch left open"
+        if self.leftover=='drop' and self.win and self.learn.train_iter==0:
+            warn(f"an epoch ended before it filled a window of `{self.unit}`={self.win.size}, and `leftover`='drop': nothing has been trained")
         try:
             if self._steps_leftover and self._step(): self.learn('after_batch')
         finally:
@@ -208,23 +217,36 @@ class AccumulateStep(Callback):
     def _clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"
         def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-        if isa('AccumulateStep','GradientAccumulation'): return f"one of them is enough, remove the other with `learn.remove_cb({cb})`"
+        if isa('AccumulateStep','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
         if isa('HookCallback') and cb.every is not None: return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
         if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
         if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
         if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self.reduction!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
 
+    @property
+    def _bs(self):
+        "Samples in the micro-batch: how many its targets are, or its inputs where those don't tell"
+        for b in (self.yb,self.xb):
+            o = first(b[0].values()) if b and isinstance(b[0], dict) else b[0] if b else None
+            if isinstance(o, (list,tuple)): return len(o)
+            if getattr(o, 'shape', None): return o.shape[0]
+        return 1
+
     def _denominator(self):
         if callable(self.normalize): return check_denominator(self.normalize(self.learn))
         c = denominator(self.loss_func, self.pred, *self.yb) if self.normalize=='auto' and self.reduction=='mean' else None
-        return find_bs(self.yb) if c is None else c
+        return self._bs if c is None else c
 
 # %% ../nbs/02_callback.ipynb #289669e5
 @patch
 @delegates(AccumulateStep)
-def to_accum(self:Learner, n_step=1, **kwargs):
-    "Accumulate gradients in every fit from now on"
-    return self.detach_accum().add_cb(AccumulateStep(n_step, **kwargs))
+def to_accum(self:Learner,
+    n_step:int|Callable=1, # Micro-batches that make a step
+    **kwargs
+):
+    "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`"
+    cb = AccumulateStep(n_step, **kwargs) # before the old one goes, as it may refuse
+    return self.detach_accum().add_cb(cb)
 
 @patch
 def detach_accum(self:Learner):

@@ -22,9 +22,18 @@ class AccumulateOptimizer(GetAttr):
         if k in ('wrapped','open'): super().__setattr__(k, v)
         else: setattr(self.wrapped, k, v)
 
-    def real_step(self, *args, **kwargs): return self.wrapped.step(*args, **kwargs)
-    def real_zero_grad(self, *args, **kwargs): return self.wrapped.zero_grad(*args, **kwargs)
+    def real_step(self, *args, **kwargs):
+        "Step, whether or not a window is open"
+        return self.wrapped.step(*args, **kwargs)
+
+    def real_zero_grad(self, *args, **kwargs):
+        "Zero the gradients, whether or not a window is open"
+        return self.wrapped.zero_grad(*args, **kwargs)
+
     def step(self, *args, **kwargs):
+        "Step, unless a window is open"
         if not self.open: return self.real_step(*args, **kwargs)
+
     def zero_grad(self, *args, **kwargs):
+        "Zero the gradients, unless a window is open"
         if not self.open: return self.real_zero_grad(*args, **kwargs)

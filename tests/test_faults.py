@@ -280,3 +280,17 @@ def test_error_while_a_window_is_carried():
         l.dls.train.rng = random.Random(3)
         run(l, lambda l: l.fit(2, 0.1))
     assert_same_run(other, died, 1e-12)
+
+def test_the_first_cancel_counts():
+    "A fit that is cancelled in a window ends, whatever another callback makes of its leftover"
+    class Fit(Callback):
+        def after_loss(self):
+            if self.training and self.accumulate_step.win.seen==2: raise CancelFitException
+    class Train(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training: raise CancelTrainException
+    learn = fresh()
+    run(learn, lambda l: l.fit(3, 0.1, cbs=[Fit(),Train()]))
+    assert learn.epoch==0 and len(learn.trace.steps)==1
+    assert_plain(learn, 3)

@@ -47,3 +47,16 @@ def test_said_before_the_fit_and_cured():
     learn.remove_cb(GradientAccumulation)
     run(learn, lambda l: l.fit(1))
     assert len(learn.trace.steps)==5
+
+def test_to_accum_keeps_what_works():
+    "A mistake in `to_accum` leaves the callback that was there"
+    learn = learner(40, 4).to_accum(2)
+    with pytest.raises(ValueError, match='`n_step`=0'): learn.to_accum(0)
+    assert learn.accumulate_step.n_step==2
+    run(learn, lambda l: l.fit(1))
+    assert len(learn.trace.steps)==5
+
+def test_drop_that_fills_no_window():
+    "Sizes that only training shows: said after the first epoch"
+    learn = learner(40, 4, AccumulateStep(SchedLin(100,100), leftover='drop'))
+    with pytest.warns(UserWarning, match='nothing has been trained'): run(learn, lambda l: l.fit(1))

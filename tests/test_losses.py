@@ -155,3 +155,69 @@ def test_samples_on_request():
     for l in (large,auto,samples): run(l, lambda l: l.fit(1, 0.1))
     off = [rel(large.trace.steps[-1]['weights'], l.trace.steps[-1]['weights']) for l in (auto,samples)]
     assert off[0]<1e-12 and not off[1]<1e-3
+
+class OwnForward(nn.CrossEntropyLoss):
+    "Made of a loss that we know, but not it"
+    def __init__(self, **kwargs): super().__init__(ignore_index=0, **kwargs)
+    def forward(self, pred, targ): return F.cross_entropy(pred, targ, ignore_index=0, reduction='none').mean()
+
+@pytest.mark.parametrize('loss', (OwnForward(), OwnForward(reduction='none')), ids=('mean','none'))
+def test_subclass_with_its_own_forward(loss):
+    "A subclass that computes something else counts samples"
+    assert_same_run(*both(loss, labels(p=0)), 1e-12)
+
+class Combined:
+    "As in fastai's docs: a mean and, by `DiceLoss`'s default, a sum"
+    def __init__(self, reduction): self.focal,self.dice = FocalLossFlat(axis=1),DiceLoss(reduction=reduction)
+    def __call__(self, pred, targ): return self.focal(pred, targ) + self.dice(pred, targ)
+
+def test_a_part_that_sums():
+    "Said once, by name; with a mean in its place the run is the large batch's"
+    y = labels(4, 4, p=0)
+    with pytest.warns(UserWarning, match='Combined.*has a part that sums'): both(Combined('sum'), y, (C,4,4))
+    assert_same_run(*both(Combined('mean'), y, (C,4,4)), 1e-6)
+
+@pytest.mark.parametrize('bad', (-4, float('nan'), None, torch.ones(3)), ids=str)
+def test_bad_declared_denominator(bad):
+    class Bad(nn.MSELoss):
+        def denominator(self, pred, targ): return bad
+    with pytest.raises(ValueError, match='`denominator` of Bad.* returned'): both(Bad(), values)
+
+def of_strings(pred, targ): return F.cross_entropy(pred, tensor([int(t) for t in targ]))
+def of_dicts(pred, targ): return F.cross_entropy(pred, torch.stack([t['label'] for t in targ]))
+def of_dict(pred, targ): return F.cross_entropy(pred, targ['label'])
+@pytest.mark.parametrize('kind', ('strings','dicts','dict','no targets yet'))
+@pytest.mark.parametrize('unit', ('n_step','n_samples'))
+def test_samples_are_counted_whatever_the_targets(kind, unit):
+    "Lists of strings, of dicts, a dict of tensors; targets that another callback makes of the inputs"
+    class Own(Callback):
+        def before_batch(self): self.learn.yb = ((self.learn.x[:,0]>0).long(),)
+    boxes = torch.zeros(7, 4)
+    def collate(b):
+        x,y = torch.stack([o[0] for o in b]),[int(o[1]) for o in b]
+        if kind=='strings': return x,[str(o) for o in y]
+        if kind=='dicts': return x,[{'boxes':boxes, 'label':tensor(o)} for o in y]
+        return (x,{'label':tensor(y)}) if kind=='dict' else (x,)
+    loss = {'strings':of_strings, 'dicts':of_dicts, 'dict':of_dict}.get(kind, F.cross_entropy)
+    def one(bs, acc=None):
+        learn = learner(N, bs, acc, loss_func=loss, cbs=Own() if kind=='no targets yet' else None)
+        ds = list(zip(*problem(N+16)))
+        learn.dls.loaders[:] = [DataLoader(o, bs=bs, create_batch=collate) for o in (ds[:N], ds[N:])]
+        learn.dls.n_inp = 1
+        return run(learn, lambda l: l.fit(2, 0.1))
+    assert_same_run(one(12), one(3, AccumulateStep(4) if unit=='n_step' else AccumulateStep(n_samples=12)), 1e-12)
+
+def test_float16_losses_do_not_overflow():
+    "Counts of elements are larger than float16 can hold"
+    from fastai_accum.core import Window
+    win = Window(4)
+    for _ in range(4): win.weigh(torch.tensor(0.5, dtype=torch.float16), 131072); win.add(torch.tensor(0.5, dtype=torch.float16))
+    assert win.mean_loss==0.5
+
+def test_loss_set_by_another_callback():
+    "A loss that another callback's `before_fit` puts in place is the one that is weighed"
+    class Sums(Callback):
+        def before_fit(self): self.learn.loss_func = nn.CrossEntropyLoss(reduction='sum')
+    large,small = learner(73, 16),learner(73, 4, AccumulateStep(4), cbs=Sums())
+    for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
+    assert_same_run(large, small, 1e-12)
