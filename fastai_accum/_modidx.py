@@ -14,6 +14,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_accum/callback.py'),
                                        'fastai_accum.callback.AccumulateStep._denominator': ( 'callback.html#accumulatestep._denominator',
                                                                                               'fastai_accum/callback.py'),
+                                       'fastai_accum.callback.AccumulateStep._doubt': ( 'callback.html#accumulatestep._doubt',
+                                                                                        'fastai_accum/callback.py'),
                                        'fastai_accum.callback.AccumulateStep._drop': ( 'callback.html#accumulatestep._drop',
                                                                                        'fastai_accum/callback.py'),
                                        'fastai_accum.callback.AccumulateStep._flush': ( 'callback.html#accumulatestep._flush',

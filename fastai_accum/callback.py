@@ -16,9 +16,7 @@ from .optimizer import AccumulateOptimizer
 # %% ../nbs/02_callback.ipynb #40692046
 counts_elements |= {FocalLoss,LabelSmoothingCrossEntropy} # fastai's other losses wrap PyTorch's
 
-# %% ../nbs/02_callback.ipynb #a960b241
-_cancels = CancelTrainException,CancelEpochException,CancelFitException
-
+# %% ../nbs/02_callback.ipynb #76265b59
 class AccumulateStep(Callback):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,run_valid = -100,False # the first to hear of each event
@@ -45,18 +43,14 @@ class AccumulateStep(Callback):
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
-        loss = self.learn.loss_func
-        if self.normalize!='auto' or self.reduction!='mean': return
-        if loss_option(loss, 'eps') and loss_option(loss, 'weight') is not None: why = "divides one part by samples and another by class weights"
-        elif any(getattr(o, 'reduction', None)=='sum' for o in {**getattr(loss, '__dict__', {}), **getattr(loss, '_modules', {})}.values()): why = "has a part that sums"
-        else: return
-        warn(f"{loss} {why}, so there is no one number that its micro-batches could be weighted by: samples are counted, and the run is not quite the large batch's")
-
-    def before_train(self): # before `MixUp` takes the loss's place
-        self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(self.learn.loss_func, 'reduction')=='sum' else 'mean'
+        if self.normalize=='auto' and self.reduction=='mean' and (why := self._doubt(loss := self.learn.loss_func)):
+            warn(f"{loss} {why}: no one number weighs its micro-batches, so samples are counted, and the run may not be quite the large batch's")
 
     def before_epoch(self):
         if 'all_batches' not in vars(self.learn): self.learn.all_batches = partial(self._all_batches, self.learn, self.learn.all_batches)
+
+    def before_train(self): # before `MixUp` takes the loss's place
+        self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(self.learn.loss_func, 'reduction')=='sum' else 'mean'
 
     def before_batch(self):
         i,bs = self.iter,self._bs
@@ -105,137 +99,168 @@ class AccumulateStep(Callback):
         self._drop()
         self.after_epoch()
 
-    def _all_batches(self, learn, all_batches):
-        "Stand in for `learn.all_batches`, so that the training part of an epoch leaves nothing open, whatever ends it"
-        if self not in learn.cbs or not learn.training: return all_batches()
-        end = None
-        try:
-            self.n_dl,self.n_win,self.i_win = len(learn.dl),self._n_win(learn.dl),0
-            self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
-            if self.mets: learn.recorder.train_metrics = False
-            self.ddp = isinstance(learn.model, DistributedDataParallel)
-            if not self.ddp and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1:
-                raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
-                                 "`learn.distrib_ctx()` makes it, is known to wait for the last micro-batch; compile or wrap what is inside it")
-            if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
-            try: all_batches()
-            except _cancels as e: end = e
-            self._release()
-            try: self._flush()
-            except _cancels as e: end = end or e
-            if end: raise end
-        except BaseException as e:
-            self._release()
-            if not isinstance(e, _cancels): self._drop()
-            raise
-        finally:
-            if self.gate is not None and learn.opt is self.gate: learn.opt = self.gate.wrapped
-            if self.mets: learn.recorder.train_metrics = True
-            if self.ddp: learn.model.require_backward_grad_sync = True
-            self.gate = None
-            self.after_epoch()
+# %% ../nbs/02_callback.ipynb #c746a3df
+@patch
+def _size(self:AccumulateStep, pct): return window_size(self.unit, getattr(self, self.unit), pct)
 
-    def _open(self, i, bs):
-        "Open a window at micro-batch `i` of `bs` samples"
-        # where windows can't be counted beforehand, training progress is that of the dataloader
-        self.learn.pct_train = min(self.pct_train, (self.epoch+1)/self.n_epoch) if self.n_win else (self.epoch + i/self.n_dl)/self.n_epoch
-        size = self._size(self.pct_train)
-        n = size if self.unit=='n_step' else math.ceil(size/bs)
-        self.win = Window(n if self.leftover=='carry' or i>=self.n_dl else min(n, self.n_dl-i), self.reduction, size)
+@patch
+def _n_win(self:AccumulateStep, dl):
+    "Windows in an epoch of `dl`, None if that can't be known beforehand"
+    bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    if not bs or self.leftover=='carry' or callable(getattr(self, self.unit)): return None
+    n = len(dl)
+    if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'): n = math.ceil(n/num_distrib()) # not sharded yet
+    n /= math.ceil(self._size(0)/bs)
+    return math.floor(n) if self.leftover=='drop' else math.ceil(n)
 
-    def _close(self):
-        "Give the window's gradients the large batch's scale and let the optimizer at them"
-        self.win.closed,self.gate.open = True,False
-        if self.ddp:
-            if not self.win.reduced: self._reduce()
-        elif self.win.count==0: return False
-        elif isinstance(scale := self.win.scale, Tensor) or scale!=1: rescale(self._params, scale)
-        self.learn.loss = self.win.mean_loss
-        return True
+@patch(as_prop=True)
+def _bs(self:AccumulateStep):
+    "Samples in the micro-batch: how many its targets are, or its inputs where those don't tell"
+    for b in (self.yb,self.xb):
+        o = first(b[0].values()) if b and isinstance(b[0], dict) else b[0] if b else None
+        if isinstance(o, (list,tuple)): return len(o)
+        if getattr(o, 'shape', None): return o.shape[0]
+    return 1
 
-    def _pool(self):
-        "Count for all processes, and give the gradients so far the scale that goes with it"
-        scale = self.win.pool(self.model.process_group, next(self.model.parameters()))
-        rescale(self._params, scale)
-        return scale
+@patch
+def _denominator(self:AccumulateStep):
+    if callable(self.normalize): return check_denominator(self.normalize(self.learn))
+    c = denominator(self.loss_func, self.pred, *self.yb) if self.normalize=='auto' and self.reduction=='mean' else None
+    return self._bs if c is None else c
 
-    def _reduce(self):
-        "Let `DistributedDataParallel` average the gradients of a window whose last backward pass did not come, by an empty one"
-        self._pool()
-        self.model.require_backward_grad_sync = self.model.require_forward_param_sync = True
-        loss = sum(p.sum()*0 for p in self.model.parameters() if p.requires_grad)
-        self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else []) # as its forward pass does
-        loss.backward()
+# %% ../nbs/02_callback.ipynb #0d7fb838
+@patch
+def _open(self:AccumulateStep, i, bs):
+    "Open a window at micro-batch `i` of `bs` samples"
+    # where windows can't be counted beforehand, training progress is that of the dataloader
+    self.learn.pct_train = min(self.pct_train, (self.epoch+1)/self.n_epoch) if self.n_win else (self.epoch + i/self.n_dl)/self.n_epoch
+    size = self._size(self.pct_train)
+    n = size if self.unit=='n_step' else math.ceil(size/bs)
+    self.win = Window(n if self.leftover=='carry' or i>=self.n_dl else min(n, self.n_dl-i), self.reduction, size)
 
-    @property
-    def _params(self):
-        # in mixed precision of fastai's own making, the optimizer has copies of the model's parameters
-        return {*self.model.parameters(), *self.opt.all_params().itemgot(0)}
+@patch
+def _close(self:AccumulateStep):
+    "Give the window's gradients the large batch's scale and let the optimizer at them"
+    self.win.closed,self.gate.open = True,False
+    if self.ddp:
+        if not self.win.reduced: self._reduce()
+    elif self.win.count==0: return False
+    elif isinstance(scale := self.win.scale, Tensor) or scale!=1: rescale(self._params, scale)
+    self.learn.loss = self.win.mean_loss
+    return True
 
-    def _step(self):
-        "Close a window whose last micro-batch did not come to `before_step`; was there anything to step?"
-        if self.win is None or self.win.closed or not self._close(): return False
-        try:
-            self.learn._with_events(self.learn._step, 'step', CancelStepException)
-            self.opt.zero_grad()
-        except CancelBatchException: pass
-        return True
+@patch(as_prop=True)
+def _params(self:AccumulateStep):
+    # in mixed precision of fastai's own making, the optimizer has copies of the model's parameters
+    return {*self.model.parameters(), *self.opt.all_params().itemgot(0)}
 
-    def _flush(self):
-        "See to the window that an epoch left open"
-        if self.leftover=='drop' and self.win and self.learn.train_iter==0:
-            warn(f"an epoch ended before it filled a window of `{self.unit}`={self.win.size}, and `leftover`='drop': nothing has been trained")
-        try:
-            if self._steps_leftover and self._step(): self.learn('after_batch')
-        finally:
-            if self.leftover!='carry' or self.win and self.win.closed: self._drop()
+@patch
+def _step(self:AccumulateStep):
+    "Close a window whose last micro-batch did not come to `before_step`; was there anything to step?"
+    if self.win is None or self.win.closed or not self._close(): return False
+    try:
+        self.learn._with_events(self.learn._step, 'step', CancelStepException)
+        self.opt.zero_grad()
+    except CancelBatchException: pass
+    return True
 
-    def _drop(self):
-        "Forget an open window and its gradients"
-        if self.win is None: return
-        self.win = None
-        getattr(self.opt, 'real_zero_grad', self.opt.zero_grad)()
-        self.model.zero_grad(set_to_none=False)
+@patch
+def _drop(self:AccumulateStep):
+    "Forget an open window and its gradients"
+    if self.win is None: return
+    self.win = None
+    getattr(self.opt, 'real_zero_grad', self.opt.zero_grad)()
+    self.model.zero_grad(set_to_none=False)
 
-    # what happens to a micro-batch inside a window is no end of a batch: nobody else hears of it
-    def _hold(self): self.held,self.learn.cbs = self.learn.cbs,L(self)
-    def _release(self):
-        if self.held: self.learn.cbs,self.held = self.held,None
+@patch
+def _hold(self:AccumulateStep): self.held,self.learn.cbs = self.learn.cbs,L(self)
 
-    def _size(self, pct): return window_size(self.unit, getattr(self, self.unit), pct)
-    @property
-    def _steps_leftover(self): return self.leftover=='step' or self.leftover=='carry' and self.epoch+1==self.n_epoch
-    def _n_win(self, dl):
-        "Windows in an epoch of `dl`, None if that can't be known beforehand"
-        bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-        if not bs or self.leftover=='carry' or callable(getattr(self, self.unit)): return None
-        n = len(dl)
-        if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'): n = math.ceil(n/num_distrib()) # not sharded yet
-        n /= math.ceil(self._size(0)/bs)
-        return math.floor(n) if self.leftover=='drop' else math.ceil(n)
+@patch
+def _release(self:AccumulateStep):
+    if self.held: self.learn.cbs,self.held = self.held,None
 
-    def _clash(self, cb):
-        "Why `cb` can't work beside this callback, None if it can"
-        def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-        if isa('AccumulateStep','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
-        if isa('HookCallback') and cb.every is not None: return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
-        if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
-        if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
-        if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self.reduction!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
+# %% ../nbs/02_callback.ipynb #a960b241
+_cancels = CancelTrainException,CancelEpochException,CancelFitException
 
-    @property
-    def _bs(self):
-        "Samples in the micro-batch: how many its targets are, or its inputs where those don't tell"
-        for b in (self.yb,self.xb):
-            o = first(b[0].values()) if b and isinstance(b[0], dict) else b[0] if b else None
-            if isinstance(o, (list,tuple)): return len(o)
-            if getattr(o, 'shape', None): return o.shape[0]
-        return 1
+@patch
+def _all_batches(self:AccumulateStep, learn, all_batches):
+    "Stand in for `learn.all_batches`, so that the training part of an epoch leaves nothing open, whatever ends it"
+    if self not in learn.cbs or not learn.training: return all_batches()
+    end = None
+    try:
+        self.n_dl,self.n_win,self.i_win = len(learn.dl),self._n_win(learn.dl),0
+        self.mets = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
+        if self.mets: learn.recorder.train_metrics = False
+        self.ddp = isinstance(learn.model, DistributedDataParallel)
+        if not self.ddp and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1:
+            raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
+                             "`learn.distrib_ctx()` makes it, can wait for a window's last micro-batch; compile or wrap what is inside it")
+        if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
+        try: all_batches()
+        except _cancels as e: end = e
+        self._release()
+        try: self._flush()
+        except _cancels as e: end = end or e
+        if end: raise end
+    except BaseException as e:
+        self._release()
+        if not isinstance(e, _cancels): self._drop()
+        raise
+    finally:
+        if self.gate is not None and learn.opt is self.gate: learn.opt = self.gate.wrapped
+        if self.mets: learn.recorder.train_metrics = True
+        if self.ddp: learn.model.require_backward_grad_sync = True
+        self.gate = None
+        self.after_epoch()
 
-    def _denominator(self):
-        if callable(self.normalize): return check_denominator(self.normalize(self.learn))
-        c = denominator(self.loss_func, self.pred, *self.yb) if self.normalize=='auto' and self.reduction=='mean' else None
-        return self._bs if c is None else c
+@patch(as_prop=True)
+def _steps_leftover(self:AccumulateStep): return self.leftover=='step' or self.leftover=='carry' and self.epoch+1==self.n_epoch
+
+@patch
+def _flush(self:AccumulateStep):
+    "See to the window that an epoch left open"
+    if self.leftover=='drop' and self.win and self.learn.train_iter==0:
+        warn(f"an epoch ended before it filled a window of `{self.unit}`={self.win.size}, and `leftover`='drop': nothing has been trained")
+    try:
+        if self._steps_leftover and self._step(): self.learn('after_batch')
+    finally:
+        if self.leftover!='carry' or self.win and self.win.closed: self._drop()
+
+# %% ../nbs/02_callback.ipynb #153c685e
+@patch
+def _pool(self:AccumulateStep):
+    "Count for all processes, and give the gradients so far the scale that goes with it"
+    scale = self.win.pool(self.model.process_group, next(self.model.parameters()))
+    rescale(self._params, scale)
+    return scale
+
+@patch
+def _reduce(self:AccumulateStep):
+    "Let `DistributedDataParallel` average the gradients of a window whose last backward pass did not come, by an empty one"
+    self._pool()
+    self.model.require_backward_grad_sync = self.model.require_forward_param_sync = True
+    loss = sum(p.sum()*0 for p in self.model.parameters() if p.requires_grad)
+    self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else []) # as its forward pass does
+    loss.backward()
+
+# %% ../nbs/02_callback.ipynb #25c76b58
+@patch
+def _clash(self:AccumulateStep, cb):
+    "Why `cb` can't work beside this callback, None if it can"
+    def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
+    if isa('AccumulateStep','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
+    if isa('HookCallback') and cb.every is not None: return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
+    if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
+    if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
+    if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self.reduction!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
+
+@patch
+def _doubt(self:AccumulateStep, loss):
+    "Why `loss` can't be weighed, None if it can"
+    if loss_option(loss, 'denominator') is not None: return None
+    parts = {**getattr(loss, '__dict__', {}), **getattr(loss, '_modules', {})}.values()
+    if loss_option(loss, 'eps') and loss_option(loss, 'weight') is not None: return "divides one part by samples and another by class weights"
+    if any(getattr(o, 'reduction', None)=='sum' for o in parts): return "has a part that sums"
 
 # %% ../nbs/02_callback.ipynb #289669e5
 @patch
