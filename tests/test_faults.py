@@ -294,3 +294,15 @@ def test_the_first_cancel_counts():
     run(learn, lambda l: l.fit(3, 0.1, cbs=[Fit(),Train()]))
     assert learn.epoch==0 and len(learn.trace.steps)==1
     assert_plain(learn, 3)
+
+def test_others_cannot_step_or_zero():
+    "A callback that steps and zeroes of its own accord, in every micro-batch, does so only when a window is complete"
+    class Eager(Callback):
+        order = 99
+        def after_backward(self):
+            if self.accumulate_step.win.last: return # a window that is still open
+            self.opt.step(); self.opt.zero_grad()
+            self.opt.set_hypers(wd=0.)
+    large,small = fresh(False),fresh()
+    run(large, lambda l: l.fit(2, 0.1)); run(small, lambda l: l.fit(2, 0.1, cbs=Eager()))
+    assert_same_run(large, small, 1e-12)
