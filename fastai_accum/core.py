@@ -33,7 +33,7 @@ def check_denominator(
 ): # `c`; a number for a tensor in which `zero` may not be
     "`c` if it can be a denominator, else a `ValueError`; what is on an accelerator is not looked into, as that would make the host wait"
     one = isinstance(c, torch.Tensor) and c.numel()==1
-    if one and (zero or c.device.type!='cpu'): return c
+    if one and (zero or c.device.type!='cpu'): return c.reshape(())
     v = c.item() if one else c
     if isinstance(v, bool) or not isinstance(v, Real) or not (0 < v < math.inf or zero and v==0):
         raise ValueError(f"{name} returned {c!r}: return one positive finite number, what the mean loss of the micro-batch "
