@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 help:
 	@echo "make demo    train digits as bs=32, as 4x8 with AccumulateStep, and otherwise; a table and out/digits.png"
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
+	@echo "make test-fastai1   the tests of fastai 1 alone"
 	@echo "make bench   time and communication against fastai's own callback and a hand-written loop"
 	@echo "make sync    export the package, clean the notebooks, write README.md from nbs/index.ipynb"
 
@@ -29,5 +30,16 @@ test: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
 	$(VENV)/bin/nbdev-test --n-workers 2
 	$(PY) -m pytest
+	$(MAKE) test-fastai1
 
-.PHONY: help env demo bench sync test
+# fastai 1 in a folder of its own, ahead of fastai 2; torch and all else are the environment's
+FASTAI1 := $(VENV)/fastai1
+$(FASTAI1)/.done: $(VENV)/.done
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(FASTAI1) fastai==1.0.61 'setuptools<81' 'fastprogress<1.1' nvidia-ml-py3 bottleneck numexpr
+	@touch $@
+
+# fastai 1 loads what it saved with numpy numbers in it, which torch refuses since 2.6 unless told otherwise
+test-fastai1: $(FASTAI1)/.done
+	PYTHONPATH=$(abspath $(FASTAI1)) TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 $(PY) -W ignore -m pytest tests_fastai1
+
+.PHONY: help env demo bench sync test test-fastai1

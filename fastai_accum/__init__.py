@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError,version as _version
 
 try: _fastai = _version('fastai')
 except PackageNotFoundError: raise ImportError("fastai_accum extends fastai, which is not installed: `pip install fastai`") from None
-if _fastai.startswith('1.'): raise ImportError(f"fastai_accum needs fastai 2, and {_fastai} is installed: `pip install -U fastai`")
 
 from .optimizer import *
-from .callback import *
+if _fastai.startswith('1.'): from .fastai1 import *
+else: from .callback import *

@@ -27,12 +27,8 @@ class AccumulateStep(Callback):
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover:str='step' # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
     ):
-        if n_samples is not None and n_step!=1: raise ValueError(f"`n_step`={n_step!r} and `n_samples`={n_samples!r}: pass only one of them")
-        if not callable(normalize): check_choice('normalize', normalize, ('auto','samples','none'), ' or a function `(learn) -> denominator`')
-        check_choice('leftover', leftover, ('step','drop','carry'))
+        self.unit = check_args(n_step, n_samples, normalize, leftover)
         store_attr()
-        self.unit = 'n_step' if n_samples is None else 'n_samples'
-        self._size(0.), self._size(1.)
 
     def before_fit(self):
         self._drop()
