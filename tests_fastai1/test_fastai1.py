@@ -129,6 +129,11 @@ def test_one_cycle():
         ends = a[i],a[i+1] if i<19 else 0.
         assert lr==curve[4*i+3] and min(ends)<=lr<=max(ends)
 
+def test_one_cycle_and_a_short_window():
+    "An epoch's leftover is stepped with its last micro-batch's learning rate, not with one that is due after validation"
+    learn = run(learner(72, BS, acc4), lambda l: l.fit_one_cycle(2, 0.1))
+    assert [s[1] for s in learn.steps.log]==[learn.recorder.lrs[i] for i in (3,7,11,15,17,21,25,29,33,35)]
+
 def test_lr_find_keeps_accumulating(tmp_path):
     "`lr_find`, then fits, freezing, loading and a new optimizer, on one learner: a step every four micro-batches all along"
     learn = learner(64, BS, acc4, path=tmp_path)
