@@ -306,3 +306,14 @@ def test_others_cannot_step_or_zero():
     large,small = fresh(False),fresh()
     run(large, lambda l: l.fit(2, 0.1)); run(small, lambda l: l.fit(2, 0.1, cbs=Eager()))
     assert_same_run(large, small, 1e-12)
+
+def test_detached_after_an_error_before_training():
+    "A fit dies before its first batch and the callback is taken out: the next fit is plain"
+    class Late(Callback):
+        order = 99
+        def before_train(self): raise Boom('boom')
+    learn = fresh()
+    with pytest.raises(Boom): run(learn, lambda l: l.fit(1, 0.1, cbs=Late()))
+    learn.detach_accum()
+    run(learn, lambda l: l.fit(1, 0.1))
+    assert len(learn.trace.steps)==19
