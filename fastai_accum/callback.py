@@ -39,7 +39,7 @@ class AccumulateStep(Callback):
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
-        if self.normalize=='auto' and self.reduction=='mean' and (why := self._doubt(loss := self.learn.loss_func)):
+        if self.normalize=='auto' and self.reduction=='mean' and (why := doubt(loss := self.learn.loss_func)):
             warn(f"{loss} {why}: no one number weighs its micro-batches, so samples are counted, and the run may not be quite the large batch's")
 
     def before_epoch(self):
@@ -59,7 +59,7 @@ class AccumulateStep(Callback):
         if self.ddp: self.model.require_backward_grad_sync = self.win.last # what `no_sync` sets, forward and backward
 
     def before_backward(self):
-        targ,c = self.yb[0],self._denominator()
+        targ,c = self.yb[0],loss_count(self.learn, self.normalize, self.reduction=='mean')
         if not isinstance(c, Tensor) and c==0: raise CancelBackwardException # nothing in it counts
         self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else self._bs)
         if self.ddp and self.win.last: # the one backward pass that communicates: it is to average what has its final scale
@@ -110,19 +110,7 @@ def _n_win(self:AccumulateStep, dl):
     return math.floor(n) if self.leftover=='drop' else math.ceil(n)
 
 @patch(as_prop=True)
-def _bs(self:AccumulateStep):
-    "Samples in the micro-batch: how many its targets are, or its inputs where those don't tell"
-    for b in (self.yb,self.xb):
-        o = first(b[0].values()) if b and isinstance(b[0], dict) else b[0] if b else None
-        if isinstance(o, (list,tuple)): return len(o)
-        if getattr(o, 'shape', None): return o.shape[0]
-    return 1
-
-@patch
-def _denominator(self:AccumulateStep):
-    if callable(self.normalize): return check_denominator(self.normalize(self.learn))
-    c = denominator(self.loss_func, self.pred, *self.yb) if self.normalize=='auto' and self.reduction=='mean' else None
-    return self._bs if c is None else c
+def _bs(self:AccumulateStep): return n_samples(self.yb, self.xb)
 
 # %% ../nbs/02_callback.ipynb #0d7fb838
 @patch
@@ -234,29 +222,18 @@ def _pool(self:AccumulateStep):
 def _reduce(self:AccumulateStep):
     "Let `DistributedDataParallel` average the gradients of a window whose last backward pass did not come, by an empty one"
     self._pool()
-    self.model.require_backward_grad_sync = self.model.require_forward_param_sync = True
-    loss = sum(p.sum()*0 for p in self.model.parameters() if p.requires_grad)
-    self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else []) # as its forward pass does
-    loss.backward()
+    reduce_grads(self.model)
 
 # %% ../nbs/02_callback.ipynb #25c76b58
 @patch
 def _clash(self:AccumulateStep, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-    if isa('AccumulateStep','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
+    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
     if isa('HookCallback') and cb.every is not None: return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
     if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
     if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
     if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self.reduction!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
-
-@patch
-def _doubt(self:AccumulateStep, loss):
-    "Why `loss` can't be weighed, None if it can"
-    if loss_option(loss, 'denominator') is not None: return None
-    parts = {**getattr(loss, '__dict__', {}), **getattr(loss, '_modules', {})}.values()
-    if loss_option(loss, 'eps') and loss_option(loss, 'weight') is not None: return "divides one part by samples and another by class weights"
-    if any(getattr(o, 'reduction', None)=='sum' for o in parts): return "has a part that sums"
 
 # %% ../nbs/02_callback.ipynb #289669e5
 @patch
