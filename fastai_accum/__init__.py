@@ -12,4 +12,6 @@ except PackageNotFoundError: raise ImportError("fastai_accum extends fastai, whi
 
 from .optimizer import *
 if _fastai.startswith('1.'): from .fastai1 import *
-else: from .callback import *
+else:
+    from .callback import *
+    from .microbatch import *

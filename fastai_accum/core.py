@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'check_denominator', 'target_count', 'denominator', 'n_samples', 'loss_count',
-           'doubt', 'check_choice', 'window_size', 'check_args', 'Window', 'rescale', 'reduce_grads']
+           'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window', 'rescale',
+           'reduce_grads']
 
 # %% ../nbs/00_core.ipynb #f7f64f7c
 import math,torch
@@ -119,6 +120,21 @@ def check_choice(
     "A `ValueError` if `v` is not one of `choices`"
     if v not in choices: raise ValueError(f"`{name}`={v!r}: pass one of {', '.join(map(repr, choices))}{more}")
 
+# %% ../nbs/00_core.ipynb #21f94194
+def check_normalize(
+    v # What a micro-batch weighs
+):
+    "A `ValueError` if `v` can't be `normalize`"
+    if not callable(v): check_choice('normalize', v, ('auto','samples','none'), ' or a function `(learn) -> denominator`')
+
+def check_size(
+    name:str, # The argument's name, for the error
+    v, # Its value
+    more:str='' # What else it may be, for the error
+):
+    "A `ValueError` if `v` is no positive integer"
+    if isinstance(v, bool) or not isinstance(v, Integral) or v<1: raise ValueError(f"`{name}`={v!r}: pass a positive integer{more}")
+
 # %% ../nbs/00_core.ipynb #4123a261
 def window_size(
     name:str, # The argument's name, for the error
@@ -142,7 +158,7 @@ def check_args(
 )->str: # Which of 'n_step' and 'n_samples' says how large a window is
     "A `ValueError` if these can't be the arguments of `AccumulateStep`"
     if n_samples is not None and n_step!=1: raise ValueError(f"`n_step`={n_step!r} and `n_samples`={n_samples!r}: pass only one of them")
-    if not callable(normalize): check_choice('normalize', normalize, ('auto','samples','none'), ' or a function `(learn) -> denominator`')
+    check_normalize(normalize)
     check_choice('leftover', leftover, ('step','drop','carry'))
     name,n = ('n_step',n_step) if n_samples is None else ('n_samples',n_samples)
     for pct in (0.,1.): window_size(name, n, pct)
