@@ -193,14 +193,15 @@ def _fits(self:MicroBatch, xb, yb, n, bs):
     except BaseException as e:
         if learn.training: drop_grads(learn.model)
         oom,last = is_oom(e),not self.auto or bs==1
-        if oom and last: e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. " + self._advice(bs),)
+        if oom and last: e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}",)
+        if isinstance(e, ValueError) and self.auto and bs==1<n: e.args = (f"{e}\n`MicroBatch` had come down to 1 of a batch's {n} samples. {self._advice(bs)}",)
         if last or not oom:
             if _nesting()==self.nest: self._autocast('after_loss')
             if oom: self._anywhere(True)
             raise
         learn.pred = learn.loss = learn.loss_grad = None # nothing is to hold on to the graph
     oom = self._anywhere(oom)
-    if oom and bs==1: raise RuntimeError("another process ran out of memory with a micro-batch of one sample. " + self._advice(bs))
+    if oom and bs==1: raise RuntimeError(f"another process ran out of memory with a micro-batch of one sample. {self._advice(bs)}")
     return not oom
 
 @patch
