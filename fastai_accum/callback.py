@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['counts_elements', 'AccumulateStep']
 
-# %% ../nbs/02_callback.ipynb #b77e8b6d
+# %% ../nbs/02_callback.ipynb #7b9a23df
+from contextlib import nullcontext
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 from fastai.losses import FocalLoss,LabelSmoothingCrossEntropy
 from torch.nn.parallel import DistributedDataParallel
 from .core import *
+from .batchnorm import *
 from .optimizer import AccumulateOptimizer
 
 # %% ../nbs/02_callback.ipynb #40692046
@@ -25,10 +27,14 @@ class AccumulateStep(Callback):
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
-        leftover:str='step' # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
+        leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
+        sync_bn:bool|str=False # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
     ):
         self.unit = check_args(n_step, n_samples, normalize, leftover)
+        if sync_bn is True: raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
+        check_choice('sync_bn', sync_bn, (False,'stats'))
         store_attr()
+        self.moments = Moments()
 
     def before_fit(self):
         self._drop()
@@ -50,6 +56,7 @@ class AccumulateStep(Callback):
 
     def before_batch(self):
         i,bs = self.iter,self._bs
+        self.moments.micro()
         if self.opt is not self.gate: self.learn.opt = self.gate = AccumulateOptimizer(self.opt)
         self.gate.open = True
         if self.win is None: self._open(i, bs)
@@ -126,6 +133,7 @@ def _open(self:AccumulateStep, i, bs):
 def _close(self:AccumulateStep):
     "Give the window's gradients the large batch's scale and let the optimizer at them"
     self.win.closed,self.gate.open = True,False
+    self.moments.flush()
     if self.ddp:
         if not self.win.reduced: self._reduce()
     elif self.win.count==0: return False
@@ -151,6 +159,7 @@ def _step(self:AccumulateStep):
 @patch
 def _drop(self:AccumulateStep):
     "Forget an open window and its gradients"
+    self.moments.drop()
     if self.win is None: return
     self.win = None
     getattr(self.opt, 'real_zero_grad', self.opt.zero_grad)()
@@ -179,8 +188,10 @@ def _all_batches(self:AccumulateStep, learn, all_batches):
         if not self.ddp and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1:
             raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
                              "`learn.distrib_ctx()` makes it, can wait for a window's last micro-batch; compile or wrap what is inside it")
+        if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if self.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = self.n_win
-        try: all_batches()
+        try:
+            with caught([learn.model], self.moments) if self.sync_bn else nullcontext(): all_batches()
         except _cancels as e: end = e
         self._release()
         try: self._flush()

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'check_denominator', 'target_count', 'denominator', 'n_samples', 'loss_count',
            'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window', 'rescale',
-           'reduce_grads']
+           'reduce_grads', 'stand_in']
 
 # %% ../nbs/00_core.ipynb #f7f64f7c
 import math,torch
 import torch.nn.functional as F
+from contextlib import contextmanager
 from numbers import Integral,Real
 from torch import nn
 
@@ -253,3 +254,16 @@ def reduce_grads(
     loss = sum(p.sum()*0 for p in model.parameters() if p.requires_grad)
     model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else []) # as its forward pass does
     loss.backward()
+
+# %% ../nbs/00_core.ipynb #25091196
+@contextmanager
+def stand_in(
+    o, # Any object
+    name:str, # The name of a method
+    f # What is to be called in its place
+):
+    "Let `f` be method `name` of `o` for a while"
+    was = vars(o).get(name)
+    setattr(o, name, f)
+    try: yield
+    finally: delattr(o, name) if was is None else setattr(o, name, was)
