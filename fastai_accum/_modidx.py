@@ -251,6 +251,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._wait': ( 'microbatch.html#microbatch._wait',
                                                                                        'fastai_accum/microbatch.py'),
+                                         'fastai_accum.microbatch.MicroBatch.after_backward': ( 'microbatch.html#microbatch.after_backward',
+                                                                                                'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch.after_cancel_backward': ( 'microbatch.html#microbatch.after_cancel_backward',
                                                                                                        'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch.after_epoch': ( 'microbatch.html#microbatch.after_epoch',

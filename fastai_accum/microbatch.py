@@ -149,6 +149,8 @@ class MicroBatch(Callback):
 
     def after_epoch(self): vars(self.learn).pop('all_batches', None)
     def after_cancel_backward(self): self.win.c = None
+    def after_backward(self):
+        if self.win.c is not None: self.win.add(self.loss)
     after_train,after_validate,after_fit = before_epoch,before_epoch,after_epoch # a training part is followed by a validation, and that by others in `tta`
 
     def _all_batches(self, learn, all_batches):
@@ -226,10 +228,9 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
                 with stand_in(learn, '_do_grad_opt', self._grad), stand_in(learn, 'model', _Answer(learn.model, outs[i]) if outs else learn.model): self.one()
                 preds.append(nested(_detach, learn.pred))
                 hidden.append([m.hidden for m in states])
-                if not len(yb): continue
-                if not learn.training: win.c = 1 if win.reduction=='none' else loss_count(learn, self.normalize)
-                if learn.loss.ndim: losses.append(learn.loss.detach())
-                elif win.c is not None: win.add(learn.loss)
+                if learn.training or not len(yb): continue
+                win.c = 1 if win.reduction=='none' else loss_count(learn, self.normalize)
+                losses.append(learn.loss.detach()) if learn.loss.ndim else win.add(learn.loss)
             if self.pending: self._backward_all()
     finally:
         for o,k,v,_ in along: setattr(o, k, v)
