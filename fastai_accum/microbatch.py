@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['nested', 'part', 'joined', 'is_oom', 'Undo', 'drop_grads', 'MicroBatch']
 
-# %% ../nbs/06_microbatch.ipynb #d2229cc6
-import gc
+# %% ../nbs/06_microbatch.ipynb #cf886e94
+import gc,random
 from contextlib import nullcontext
 from copy import copy
 from fastai.basics import *
@@ -84,7 +84,8 @@ class Undo:
         model, # The model
         batch # Its inputs and targets
     ):
-        self.model,self.rng,self.inputs = model,get_random_states(),[]
+        self.model,self.inputs = model,[]
+        self.rng = random.getstate(),np.random.get_state(),torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         nested(lambda t: self.inputs.append((t, t._version)) if isinstance(t, Tensor) else None, batch)
         self.bufs = [(m._buffers,k,b,b.clone()) for m in model.modules() for k,b in m._buffers.items() if b is not None]
         self.nograd = [p for p in model.parameters() if p.grad is None]
@@ -98,7 +99,7 @@ class Undo:
         with torch.no_grad():
             for d,k,b,v in self.bufs: d[k] = b.copy_(v)
         if self.sync is not None: self.model.require_forward_param_sync = self.sync
-        set_random_states(**self.rng)
+        for f,o in zip((random.setstate,np.random.set_state,torch.set_rng_state,torch.cuda.set_rng_state_all), self.rng): f(o)
         torch.clear_autocast_cache()
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -110,10 +111,13 @@ def drop_grads(
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if grads: torch._foreach_zero_(grads)
 
-# %% ../nbs/06_microbatch.ipynb #bfb010ca
+# %% ../nbs/06_microbatch.ipynb #c0438877
+_cancels = CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
+_inner = 'after_pred','after_loss','before_backward','after_backward','after_cancel_backward'
+
 class MicroBatch(Callback):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,reduction,win,pending = -100,'mean',None,None
+    order,reduction,win,pending,wait = -100,'mean',None,None,False
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
@@ -158,7 +162,11 @@ class MicroBatch(Callback):
         del learn.all_batches
         if self not in learn.cbs or not (learn.training or self.valid): return all_batches()
         self.one = learn._do_one_batch
-        with stand_in(learn, '_do_one_batch', self._batch): all_batches()
+        try:
+            with stand_in(learn, '_do_one_batch', self._batch): all_batches()
+        except BaseException as e:
+            if learn.training and not isinstance(e, _cancels): drop_grads(learn.model)
+            raise
 
     def _batch(self):
         "Stand in for `learn._do_one_batch`: the forward and backward passes of all micro-batches, then the step"
@@ -196,9 +204,11 @@ def _fits(self:MicroBatch, xb, yb, n, bs):
             if _nesting()==self.nest: self._autocast('after_loss')
             if oom: self._anywhere(True)
             raise
+    if oom := self._anywhere(oom):
+        if learn.training: drop_grads(learn.model)
         learn.pred = learn.loss = learn.loss_grad = None # nothing is to hold on to the graph
-    oom = self._anywhere(oom)
-    if oom and bs==1: raise RuntimeError(f"another process ran out of memory with a micro-batch of one sample. {self._advice(bs)}")
+        if bs==1: raise RuntimeError(f"another process ran out of memory with a micro-batch of one sample. {self._advice(bs)}")
+    elif self.wait: reduce_grads(learn.model)
     return not oom
 
 @patch
@@ -214,10 +224,11 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     win = self.win = Window(len(parts), self.reduction if learn.training else self._reduction())
     self.n,self.total = n,target_count(learn.loss_func, *yb) if len(yb) and self.normalize=='auto' and win.reduction=='mean' else None
-    along = [(learn,'xb',xb,[x for x,_ in parts]), (learn,'yb',yb,[y for _,y in parts]), *self._along(xb, yb, bs, ns)]
-    states,self.wait = self._stateful(),self._ddp and learn.training and self._wait()
-    preds,losses,hidden = [],[],[]
+    along = [(learn,'xb',xb,[x for x,_ in parts]), (learn,'yb',yb,[y for _,y in parts]), *self._along(xb, yb, bs, ns, states := self._stateful())]
+    self.wait = self._ddp and learn.training and len(yb)>0 and self._wait()
+    preds,losses,hidden,cbs = [],[],[],learn.cbs
     try:
+        learn.cbs = L(cb for cb in cbs if type(cb).__call__ is not Callback.__call__ or any(hasattr(type(cb), e) or e in vars(cb) for e in _inner)) # asking the others takes time
         with self._norms(parts) as outs:
             for i in range(len(parts)):
                 for o,k,_,vs in along: setattr(o, k, vs[i])
@@ -233,6 +244,7 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
                 losses.append(learn.loss.detach()) if learn.loss.ndim else win.add(learn.loss)
             if self.pending: self._backward_all()
     finally:
+        learn.cbs = cbs
         for o,k,v,_ in along: setattr(o, k, v)
         if self._ddp: learn.model.require_backward_grad_sync = True
         self.pending = None
@@ -242,7 +254,6 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
     if learn.training and win.count:
         exact = self.total is not None and win.count==len(parts) # then the loss had its final scale
         if not exact and (isinstance(scale := win.scale, Tensor) or scale!=1): rescale({*learn.model.parameters(), *learn.opt.all_params().itemgot(0)}, scale)
-        if self.wait: reduce_grads(learn.model)
     learn.loss = torch.cat(losses) if losses else win.mean_loss if len(parts)>1 and win.count else learn.loss.detach()
     learn.loss_grad = learn.loss.clone()
 
@@ -321,14 +332,14 @@ def _parts(self:MicroBatch, xb, yb, n, bs):
     return [tuple(type(b)(part(o, i, j, n, f'{name}[{a}]') for a,o in enumerate(b)) for b,name in ((xb,'xb'),(yb,'yb'))) for i,j in zip(cuts, cuts[1:])]
 
 @patch
-def _along(self:MicroBatch, xb, yb, bs, ns):
+def _along(self:MicroBatch, xb, yb, bs, ns, states):
     "What else is by samples: object, attribute, its value for the batch, and those for the micro-batches"
     n,cuts = self.n,list(itertools.accumulate(ns, initial=0))
     for cb in self.learn.cbs:
         if not isinstance(cb, MixHandler) or not cb.run_train or not getattr(cb, 'stack_y', False) or not self.training: continue
         yield cb,'yb1',cb.yb1,[y for _,y in self._parts(xb, cb.yb1, n, bs)]
         yield cb,'lam',cb.lam,[cb.lam[i:j] if cb.lam.ndim and len(cb.lam)==n else cb.lam for i,j in zip(cuts, cuts[1:])]
-    for m in self._stateful():
+    for m in states:
         if m.bs!=n: m._change_hidden(n) # as its forward pass does
         yield m,'hidden',m.hidden,[nested(lambda h: h[:,i:j].contiguous(), m.hidden) for i,j in zip(cuts, cuts[1:])]
         yield m,'bs',n,ns
@@ -341,10 +352,10 @@ def _stateful(self:MicroBatch):
 
 @patch
 def _kind(self:MicroBatch, xb, n):
-    "The shape class of inputs: numbers in a sample, as a power of two; one for all if processes have to agree"
-    sizes = [1]
+    "The shape class of inputs: bytes in a sample, as a power of two; one for all if processes have to agree"
+    sizes = []
     nested(lambda t: sizes.append(getattr(t, 'nbytes', 0)), xb)
-    return 0 if self._ddp else math.ceil(math.log2(sum(sizes)/n))
+    return 0 if self._ddp else math.ceil(math.log2(max(1, sum(sizes))/n))
 
 # %% ../nbs/06_microbatch.ipynb #8f77ccc9
 @patch(as_prop=True)
