@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch._Answer.__init__': ( 'microbatch.html#_answer.__init__',
                                                                                        'fastai_accum/microbatch.py'),
+                                         'fastai_accum.microbatch._again': ('microbatch.html#_again', 'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch._detach': ('microbatch.html#_detach', 'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch._nesting': ('microbatch.html#_nesting', 'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.drop_grads': ('microbatch.html#drop_grads', 'fastai_accum/microbatch.py'),

@@ -10,6 +10,7 @@ __all__ = ['counts_elements', 'loss_option', 'check_denominator', 'target_count'
 # %% ../nbs/00_core.ipynb #f7f64f7c
 import math,torch
 import torch.nn.functional as F
+from collections.abc import Mapping
 from contextlib import contextmanager
 from numbers import Integral,Real
 from torch import nn
@@ -86,10 +87,14 @@ def n_samples(
     *bs # Parts of a batch, such as its targets and inputs: the first that tells counts
 )->int:
     "Samples in a batch, or 1 if nothing in it tells"
-    for b in bs:
-        o = next(iter(b[0].values())) if b and isinstance(b[0], dict) else b[0] if b else None
-        if isinstance(o, (list,tuple)): return len(o)
-        if getattr(o, 'shape', None): return o.shape[0]
+    def size(o):
+        if isinstance(o, torch.Tensor) or hasattr(o, 'shape'): return o.shape[0] if len(o.shape) else None
+        if isinstance(o, Mapping): return next((n for v in o.values() if (n := size(v))), None)
+        if not hasattr(o, '__len__') or isinstance(o, str): return None
+        ns = set() if any(isinstance(v, Mapping) for v in o) else {size(v) for v in o}-{None} # one entry a sample, or several for all of them
+        return ns.pop() if len(ns)==1 else len(o)
+    for o in (o for b in bs for o in b):
+        if n := size(o): return n
     return 1
 
 def loss_count(

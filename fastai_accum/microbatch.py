@@ -27,9 +27,11 @@ def nested(
         res = copy(o) # the type may need more than its items
         for k in o: res[k] = nested(f, *(p[k] for p in (o,*os)))
         return res
-    if not is_listy(o): return f(o, *os)
-    res = [nested(f, *ps) for ps in zip(o, *os)]
-    return type(o)(*res) if hasattr(o, '_fields') else type(o)(res)
+    return _again(o, [nested(f, *ps) for ps in zip(o, *os)]) if is_listy(o) else f(o, *os)
+
+def _again(o, items):
+    "`items` as the kind of list or tuple that `o` is"
+    return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
 
 # %% ../nbs/06_microbatch.ipynb #93aace09
 def part(
@@ -47,9 +49,7 @@ def part(
         res = copy(o)
         for k in o: res[k] = part(o[k], i, j, n, f'{name}[{k!r}]')
         return res
-    if isinstance(o, (list,tuple,L)):
-        res = [part(v, i, j, n, f'{name}[{k}]') for k,v in enumerate(o)]
-        return type(o)(*res) if hasattr(o, '_fields') else type(o)(res)
+    if isinstance(o, (list,tuple,L)): return _again(o, [part(v, i, j, n, f'{name}[{k}]') for k,v in enumerate(o)])
     what = f' of shape {tuple(o.shape)}' if hasattr(o, 'shape') else f' of length {len(o)}' if hasattr(o, '__len__') else ''
     raise ValueError(f"`{name}` is a {type(o).__name__}{what} in a batch of {n} samples, and can't be split along its first dimension: pass "
                      "`MicroBatch(split=...)`, a function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each")
@@ -117,7 +117,7 @@ _inner = 'after_pred','after_loss','before_backward','after_backward','after_can
 
 class MicroBatch(Callback):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,reduction,win,pending,wait = -100,'mean',None,None,False
+    order,win,one,pending,wait = -100,None,None,None,False
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
@@ -136,12 +136,11 @@ class MicroBatch(Callback):
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
     def before_fit(self):
-        self.reduction = self._reduction() # before `MixUp` takes the loss's place
         for cb in self.learn.cbs:
             if cb is not self and (why := self._clash(cb)): raise ValueError(f"{cb} beside {self}: {why}")
-        if type(self.learn)._do_grad_opt is not Learner._do_grad_opt:
+        if getattr(self.learn._do_grad_opt, '__func__', None) is not Learner._do_grad_opt:
             raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {self} takes: use `AccumulateStep`")
-        if self.normalize=='auto' and self.reduction=='mean' and (why := doubt(loss := self.learn.loss_func)):
+        if self.normalize=='auto' and self._reduction()=='mean' and (why := doubt(loss := self.learn.loss_func)):
             warn(f"{loss} {why}: no one number weighs its micro-batches, so samples are counted, and the run may not be quite the whole batch's")
 
     def before_train(self):
@@ -152,25 +151,26 @@ class MicroBatch(Callback):
         if 'all_batches' not in vars(self.learn): self.learn.all_batches = partial(self._all_batches, self.learn, self.learn.all_batches)
 
     def after_epoch(self): vars(self.learn).pop('all_batches', None)
-    def after_cancel_backward(self): self.win.c = None
+    def after_cancel_backward(self):
+        if self.win: self.win.c = None
     def after_backward(self):
-        if self.win.c is not None: self.win.add(self.loss)
+        if self.win and self.win.c is not None: self.win.add(self.loss)
     after_train,after_validate,after_fit = before_epoch,before_epoch,after_epoch # a training part is followed by a validation, and that by others in `tta`
 
     def _all_batches(self, learn, all_batches):
         "Stand in for `learn.all_batches`"
         del learn.all_batches
-        if self not in learn.cbs or not (learn.training or self.valid): return all_batches()
-        self.one = learn._do_one_batch
+        was,self.one = self.one,self.one or learn._do_one_batch # a callback may validate in mid-epoch
         try:
-            with stand_in(learn, '_do_one_batch', self._batch): all_batches()
+            with stand_in(learn, '_do_one_batch', partial(self._batch, learn)): all_batches()
         except BaseException as e:
             if learn.training and not isinstance(e, _cancels): drop_grads(learn.model)
             raise
+        finally: self.one = was
 
-    def _batch(self):
+    def _batch(self, learn):
         "Stand in for `learn._do_one_batch`: the forward and backward passes of all micro-batches, then the step"
-        learn = self.learn
+        if self not in learn.cbs or not (learn.training or self.valid): return self.one()
         self._passes(learn.xb, learn.yb)
         if not learn.training or not len(learn.yb): return
         learn._with_events(learn._step, 'step', CancelStepException)
@@ -222,29 +222,36 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
     learn,parts = self.learn,self._parts(xb, yb, n, bs)
     ns = [n_samples(y, x) for x,y in parts]
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
-    win = self.win = Window(len(parts), self.reduction if learn.training else self._reduction())
+    win = self.win = Window(len(parts), self._reduction())
     self.n,self.total = n,target_count(learn.loss_func, *yb) if len(yb) and self.normalize=='auto' and win.reduction=='mean' else None
     along = [(learn,'xb',xb,[x for x,_ in parts]), (learn,'yb',yb,[y for _,y in parts]), *self._along(xb, yb, bs, ns, states := self._stateful())]
     self.wait = self._ddp and learn.training and len(yb)>0 and self._wait()
-    preds,losses,hidden,cbs = [],[],[],learn.cbs
+    preds,losses,hidden,cbs,same = [],[],[],learn.cbs,True
+    versions = [t._version for y in yb if isinstance(t := y, Tensor)]
+    asked = L(cb for cb in cbs if type(cb).__call__ is not Callback.__call__ or any(hasattr(type(cb), e) or e in vars(cb) for e in _inner)) # asking the others takes time
     try:
-        learn.cbs = L(cb for cb in cbs if type(cb).__call__ is not Callback.__call__ or any(hasattr(type(cb), e) or e in vars(cb) for e in _inner)) # asking the others takes time
+        learn.cbs = L(asked)
         with self._norms(parts) as outs:
             for i in range(len(parts)):
                 for o,k,_,vs in along: setattr(o, k, vs[i])
                 if _nesting()<self.nest: self._autocast('before_batch')
-                win.c,win.last = None,i==len(parts)-1
+                win.c,win.last,win.called = None,i==len(parts)-1,False
                 if self._ddp: learn.model.require_backward_grad_sync = win.last and not self.wait
                 self.moments.micro()
                 with stand_in(learn, '_do_grad_opt', self._grad), stand_in(learn, 'model', _Answer(learn.model, outs[i]) if outs else learn.model): self.one()
+                if learn.training and len(yb) and not win.called: raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: use `AccumulateStep`")
                 preds.append(nested(_detach, learn.pred))
                 hidden.append([m.hidden for m in states])
+                same = same and learn.yb is parts[i][1]
                 if learn.training or not len(yb): continue
                 win.c = 1 if win.reduction=='none' else loss_count(learn, self.normalize)
                 losses.append(learn.loss.detach()) if learn.loss.ndim else win.add(learn.loss)
             if self.pending: self._backward_all()
     finally:
-        learn.cbs = cbs
+        win.c = None
+        inner,learn.cbs = learn.cbs,cbs
+        for cb in inner: cb in asked or cbs.append(cb)
+        for cb in asked: cb in inner or cbs.remove(cb)
         for o,k,v,_ in along: setattr(o, k, v)
         if self._ddp: learn.model.require_backward_grad_sync = True
         self.pending = None
@@ -252,9 +259,18 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
     for m,*hs in zip(states, *hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not len(yb): return
     if learn.training and win.count:
-        exact = self.total is not None and win.count==len(parts) # then the loss had its final scale
+        same = same and versions==[t._version for y in yb if isinstance(t := y, Tensor)] # no callback made other targets of them
+        exact = self.total is not None and same and win.count==len(parts) # then the loss had its final scale
         if not exact and (isinstance(scale := win.scale, Tensor) or scale!=1): rescale({*learn.model.parameters(), *learn.opt.all_params().itemgot(0)}, scale)
-    learn.loss = torch.cat(losses) if losses else win.mean_loss if len(parts)>1 and win.count else learn.loss.detach()
+    loss = learn.loss.detach()
+    if losses: loss = torch.cat(losses)
+    elif learn.training and win.ref is None: # nothing counted: a gradient of 0, with which momentum and weight decay act
+        loss = torch.zeros_like(loss)
+        for p in learn.model.parameters():
+            if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
+    elif len(parts)>1 and win.count: loss = win.mean_loss
+    elif self.total is not None: loss = loss.masked_fill(self.total==0, 0)
+    learn.loss = loss
     learn.loss_grad = learn.loss.clone()
 
 def _detach(o): return o.detach() if isinstance(o, Tensor) else o
@@ -263,6 +279,7 @@ def _detach(o): return o.detach() if isinstance(o, Tensor) else o
 def _grad(self:MicroBatch):
     "Stand in for `learn._do_grad_opt`: the backward pass of a micro-batch, without a step"
     learn,win = self.learn,self.win
+    win.called = True
     c,n = loss_count(learn, self.normalize, win.reduction=='mean'),n_samples(learn.yb, learn.xb)
     if not isinstance(c, Tensor) and c==0: return # nothing in it counts
     if win.ref is None:
@@ -273,7 +290,10 @@ def _grad(self:MicroBatch):
     with nullcontext() if self.pending is None else stand_in(learn, '_backward', self._later): learn._with_events(learn._backward, 'backward', CancelBackwardException)
 
 @patch
-def _reduction(self:MicroBatch): return 'mean' if self.normalize!='none' and loss_option(self.learn.loss_func, 'reduction')!='sum' else 'none'
+def _reduction(self:MicroBatch):
+    loss = self.learn.loss_func
+    if isinstance(mix := getattr(loss, '__self__', None), MixHandler): loss = mix.old_lf # whose place it has taken
+    return 'mean' if self.normalize!='none' and loss_option(loss, 'reduction')!='sum' else 'none'
 
 @patch
 def _autocast(self:MicroBatch, event):
@@ -329,7 +349,7 @@ def _parts(self:MicroBatch, xb, yb, n, bs):
     if self.split is not None: return list(self.split(xb, yb, bs))
     k = math.ceil(n/bs)
     cuts = [n*i//k for i in range(k+1)]
-    return [tuple(type(b)(part(o, i, j, n, f'{name}[{a}]') for a,o in enumerate(b)) for b,name in ((xb,'xb'),(yb,'yb'))) for i,j in zip(cuts, cuts[1:])]
+    return [tuple(_again(b, [part(o, i, j, n, f'{name}[{a}]') for a,o in enumerate(b)]) for b,name in ((xb,'xb'),(yb,'yb'))) for i,j in zip(cuts, cuts[1:])]
 
 @patch
 def _along(self:MicroBatch, xb, yb, bs, ns, states):
@@ -387,7 +407,7 @@ def _clash(self:MicroBatch, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
     if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_microbatch(...)` puts one in"
-    if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self.reduction!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
+    if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction()!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
     known = 'AWD_LSTM','WeightDropout','SentenceEncoder','SequentialRNN','DistributedDataParallel'
     other = first(m for m in self.model.modules() if hasattr(m, 'reset') and not any(c.__name__ in known for c in type(m).__mro__))
     if isa('ModelResetter') and other is not None:

@@ -147,3 +147,133 @@ def test_sync_is_seen(lax_after):
     torch.cuda.set_sync_debug_mode('default')
     wait = AccumulateStep(N_STEP, normalize=lambda learn: learn.y.sum().item()+1)
     with pytest.raises(RuntimeError, match='synchroniz'): trained(4, 'samples', Strict(), wait, Lax())
+
+# ---- `MicroBatch`: what it is for, memory
+
+@contextmanager
+def room(n):
+    "Only `n` bytes of the device's memory for this process"
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(min(1., n/torch.cuda.get_device_properties(0).total_memory))
+    try: yield
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+
+def pictures(mb=None, n=512, bs=256, sz=96, arch=models.resnet50):
+    "A learner after an epoch in batches of `bs` pictures, and the weights that it had before"
+    seed()
+    l = bare(batches(torch.randn(n, 3, sz, sz), torch.arange(n)%10, bs), arch(num_classes=10), nn.CrossEntropyLoss(), *L(mb))
+    start = flat(l.model.parameters())
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): l.fit(1, 0.01)
+    return l,start
+
+def same_pictures(fixed, auto):
+    "Weights, buffers, optimizer state and what training changed, of two results of `pictures`"
+    (a,s),(b,t) = fixed,auto
+    assert torch.equal(s, t)
+    for f in (lambda l: l.model.parameters(), lambda l: l.model.buffers(), lambda l: tensors(l.opt.state_dict()['state'])): assert rel(flat(f(a)), flat(f(b)))<=1e-5
+    assert rel(flat(a.model.parameters())-s, flat(b.model.parameters())-t)<=1e-3
+
+def test_as_much_as_fits():
+    "ResNet-50 in batches of 256 pictures, in 2 GB: what does not fit at once is trained in micro-batches, as if their size had been known"
+    cap = 2*10**9
+    with room(cap):
+        with pytest.raises(torch.OutOfMemoryError): pictures()
+    with room(cap):
+        auto = pictures(MicroBatch('auto'))
+        used,bs = torch.cuda.max_memory_reserved(),auto[0].micro_batch.bs
+    print(f'micro-batches of {bs}, {used} bytes at the peak')
+    assert bs in (128,64,32,16,8) and used<=cap
+    with room(cap): same_pictures(pictures(MicroBatch(bs)), auto)
+
+def test_memory_of_micro_batches():
+    "A batch of 64 in micro-batches of eight takes the memory of a batch of eight; and 'auto', where all fits, no more than a plain `Learner`"
+    peak(8) # the libraries take their workspaces
+    (plain,grads),(small,_),(auto,_),(large,_) = peak(8),peak(64, MicroBatch(8)),peak(8, MicroBatch('auto')),peak(64)
+    print(f"plain bs=8 {plain}, MicroBatch(8) {small}, MicroBatch('auto') with bs=8 {auto}, plain bs=64 {large}, gradients {grads} bytes")
+    assert plain > 4*grads
+    assert small <= 1.01*plain and auto <= 1.01*plain and small < large/2
+
+class Scarce(nn.Module):
+    "No memory for more than `k` samples, in forward or in `backward`"
+    def __init__(self, k, backward=False): super().__init__(); self.k,self.backward,self.seen = k,backward,[]
+    def ask(self, n):
+        if n>self.k: torch.empty(2**58, device=DEV)
+    def forward(self, x):
+        self.seen.append((len(x),torch.is_autocast_enabled(DEV),x.dtype))
+        if self.training and self.backward: x.register_hook(lambda g: self.ask(len(g)))
+        elif self.training: self.ask(len(x))
+        return x
+
+def drawn(): return torch.cuda.get_rng_state() if DEV=='cuda' else torch.get_rng_state()
+def scarce(k, backward, dtype=f64): return nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.BatchNorm1d(64), Scarce(k, backward), nn.Linear(64, 3)).to(dtype)
+
+@pytest.mark.parametrize('backward', (False,True), ids=('forward','backward'))
+def test_random_numbers(backward):
+    "What the failed attempt drew on the device is drawn again"
+    def one(mb, k):
+        seed()
+        l = bare(batches(*problem(71), 16), scarce(k, backward), nn.CrossEntropyLoss(), mb)
+        l.fit(2, 0.05)
+        return l,drawn()
+    (fixed,a),(auto,b) = one(MicroBatch(4), 99),one(MicroBatch('auto'), 5)
+    assert auto.micro_batch.bs==4 and torch.equal(a, b)
+    for f in (lambda l: l.model.parameters(), lambda l: l.model.buffers(), lambda l: tensors(l.opt.state_dict()['state'])): assert rel(flat(f(fixed)), flat(f(auto)))<=1e-12
+
+# ---- `MicroBatch` and mixed precision
+
+PRECISIONS = {'fp16':(Learner.to_fp16,torch.float16), 'bf16':(Learner.to_bf16,torch.bfloat16)}
+
+@pytest.mark.parametrize('mode', PRECISIONS)
+def test_autocast_of_micro_batches(mode):
+    "Every micro-batch is computed in low precision, and weights are as near to full precision as those of the whole batch, after every step"
+    to,dtype = PRECISIONS[mode]
+    seen = []
+    def logged(l):
+        to(l)
+        l.model[1].register_forward_pre_hook(lambda m,i: seen.append((len(i[0]),torch.is_autocast_enabled(DEV),i[0].dtype)))
+    full,large,small = (precise(*args)[0] for args in ((16,), (16,None,to), (16,MicroBatch(4),logged)))
+    assert [n for n,*_ in seen]==([4]*16+[3]*3+[16])*2 and {tuple(o) for _,*o in seen}=={(True,dtype)}
+    assert len(small.recorder.losses)==len(small.scaled.scales)==10 and not torch.is_autocast_enabled(DEV)
+    assert large.scaled.scales==small.scaled.scales and large.scaled.scaler_state==small.scaled.scaler_state
+    assert large.recorder.lrs==small.recorder.lrs and large.recorder.iters==small.recorder.iters and str(large.recorder.hps)==str(small.recorder.hps)
+    for f,s,t in zip(full.trace.steps, large.trace.steps, small.trace.steps):
+        theirs,ours = rel(f['weights'], s['weights']),rel(f['weights'], t['weights'])
+        assert 0 < theirs and ours <= 2*theirs
+
+@pytest.mark.parametrize('backward', (False,True), ids=('forward','backward'))
+@pytest.mark.parametrize('mode', PRECISIONS)
+def test_autocast_after_a_failure(mode, backward):
+    "Autocast is entered again, or still, in the attempts that follow, and the run is that of the size found"
+    to,dtype = PRECISIONS[mode]
+    def one(mb, k):
+        seed()
+        x,y = problem(71)
+        l = bare(batches(x.float(), y, 16), scarce(k, backward, f32), nn.CrossEntropyLoss(), mb)
+        to(l).fit(2, 0.05)
+        return l
+    fixed,auto = one(MicroBatch(4), 99),one(MicroBatch('auto'), 5)
+    assert [n for n,*_ in auto.model[3].seen[:6]]==[16,8,4,4,4,4] and {tuple(o) for _,*o in auto.model[3].seen}=={(True,dtype)}
+    assert auto.model[3].seen[2:]==fixed.model[3].seen and not torch.is_autocast_enabled(DEV)
+    for f in (lambda l: l.model.parameters(), lambda l: l.model.buffers()): assert rel(flat(f(fixed)), flat(f(auto)))<=1e-5
+
+# ---- `MicroBatch` and waiting for the device
+
+@pytest.mark.parametrize('bs', (4,'auto'))
+@pytest.mark.parametrize('kind', LOSSES)
+def test_no_sync_in_a_batch(kind, bs, lax_after):
+    "From the start of a batch until its gradients are complete, the host waits for nothing"
+    small = trained(16, kind, Strict(), MicroBatch(bs, normalize=LOSSES[kind][2]), Lax())
+    assert small.lax.n==10 and small.micro_batch.bs==(16 if bs=='auto' else 4) # 71 samples make five batches an epoch
+
+@pytest.mark.parametrize('kind', ('numbers','samples','ignore_index','ignore_index of fastai','class weights'))
+def test_same_run_of_micro_batches(kind):
+    "With counts that stay on the device, weights and optimizer state are those of the whole batch"
+    tol = 1e-5 if 'fastai' in kind else 1e-12
+    large,small = trained(16, kind),trained(16, kind, MicroBatch(4, normalize=LOSSES[kind][2]))
+    for get in (lambda l: l.model.parameters(), lambda l: tensors(l.opt.state_dict()['state'])): assert rel(flat(get(large)), flat(get(small))) <= tol
+
+def test_sync_in_a_batch_is_seen(lax_after):
+    "The test above does see the host wait"
+    with pytest.raises(RuntimeError, match='synchroniz'): trained(16, 'samples', Strict(), MicroBatch(4, normalize=lambda learn: learn.y.sum().item()+1), Lax())
