@@ -277,3 +277,133 @@ def test_same_run_of_micro_batches(kind):
 def test_sync_in_a_batch_is_seen(lax_after):
     "The test above does see the host wait"
     with pytest.raises(RuntimeError, match='synchroniz'): trained(16, 'samples', Strict(), MicroBatch(4, normalize=lambda learn: learn.y.sum().item()+1), Lax())
+
+# ---- exact BatchNorm
+
+def exact(bs=4, **kwargs): return MicroBatch(bs, sync_bn=True, **kwargs)
+def conv(i, o): return nn.Conv2d(i, o, 3, padding=1, bias=False)
+class Residual(nn.Module):
+    "With a BatchNorm of each kind in `norms`"
+    def __init__(self, *norms):
+        super().__init__()
+        self.stem,self.a,self.b,self.head = conv(3, 8),conv(8, 8),conv(8, 8),nn.Linear(8, 10)
+        self.n1,self.n2,self.n3 = (f(8) for f in ((norms or (nn.BatchNorm2d,))*3)[:3])
+    def forward(self, x):
+        x = F.relu_(self.n1(self.stem(x)))
+        y = self.n3(self.b(F.relu_(self.n2(self.a(x)))))
+        y += x
+        return self.head(F.relu_(y).mean((2,3)))
+def flat_norms(): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 10))
+def line_norms(): return nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 10))
+def cube_norms(): return nn.Sequential(nn.Unflatten(1, (1,3)), nn.Conv3d(1, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 10))
+def bn(**kwargs): return partial(Residual, partial(nn.BatchNorm2d, **kwargs))
+NORMS = {'residual':Residual, '1d':flat_norms, '1d with length':line_norms, '3d':cube_norms, 'momentum None':bn(momentum=None), 'not tracked':bn(track_running_stats=False), 'not affine':bn(affine=False)}
+
+class LikeInput(Callback):
+    "The model is in the memory format of its inputs, which is `fmt`"
+    def __init__(self, fmt): self.fmt = fmt
+    def before_fit(self): self.model.to(memory_format=self.fmt)
+    def before_batch(self): self.learn.xb = (self.x.contiguous(memory_format=self.fmt),)
+
+def normed(mb=None, model=Residual, dtype=f64, cbs=(), n=45, bs=16, sz=8, to=noop):
+    "A learner after two epochs of pictures in batches of 16, 16 and 13, in full precision"
+    seed()
+    l = bare(batches(torch.randn(n, 3, sz, sz, dtype=dtype), torch.arange(n)%10, bs), model().to(dtype), nn.CrossEntropyLoss(), *L(mb), *cbs)
+    to(l)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): l.fit(2, 0.05)
+    return l
+
+def same_norms(large, small, tol):
+    for f in (lambda l: l.model.parameters(), lambda l: tensors(l.opt.state_dict()['state'])): assert rel(flat(f(large)), flat(f(small)))<=tol
+    for a,b in zip(large.model.buffers(), small.model.buffers()): assert rel(a.cpu(), b.cpu())<=tol
+
+@pytest.mark.parametrize('dtype,tol', ((f64,1e-12),(f32,1e-5)), ids=str)
+@pytest.mark.parametrize('bs', (4,1))
+@pytest.mark.parametrize('o', NORMS)
+def test_exact_norms(o, bs, dtype, tol):
+    "On this device's own kernels, weights, optimizer state and buffers are those of the whole batch, in parts of four samples and of one"
+    same_norms(*(normed(mb, NORMS[o], dtype) for mb in (None,exact(bs))), tol)
+
+@pytest.mark.parametrize('dtype,tol', ((f64,1e-12),(f32,1e-5)), ids=str)
+def test_exact_norms_channels_last(dtype, tol):
+    "In a memory format that stays what it was"
+    seen = set()
+    def see(l): l.model.n2.register_forward_hook(lambda m,i,o: seen.add((len(o), *(t.is_contiguous(memory_format=torch.channels_last) for t in (i[0],o)))))
+    large,small = (normed(mb, dtype=dtype, cbs=[LikeInput(torch.channels_last)], to=see) for mb in (None,exact()))
+    same_norms(large, small, tol)
+    assert seen=={(n,True,True) for n in (16,13,4,3)}
+
+def norm_errors(f, dtype, trials=20):
+    "Relative errors of outputs, gradients and running statistics of `f(xs, mean, var, w, b)` in `dtype`, against the same inputs in float64 and `F.batch_norm` of all of them"
+    def once(f, xs, dys, ps, dt, pt):
+        xs,(mean,var,w,b) = [x.to(dt).requires_grad_() for x in xs],(p.to(pt) for p in ps)
+        ins = [*xs,w.requires_grad_(),b.requires_grad_()]
+        y = f(xs, mean, var, w, b)
+        gs = torch.autograd.grad(y, ins, torch.cat(dys).to(dt))
+        return [y.detach(), torch.cat(gs[:-2]), *gs[-2:], mean, var]
+    errs = []
+    for i in range(trials):
+        torch.manual_seed(i)
+        xs,dys = ([(torch.randn(n, 6, 7, 7)*2+m).to(dtype).to(DEV) for n in (5,1,2)] for m in (1,0))
+        ps = [torch.randn(6).to(DEV), torch.rand(6).to(DEV)+0.5, *(torch.randn(6).to(DEV) for _ in range(2))]
+        errs.append([rel(p.cpu(), q.cpu().double()) for p,q in zip(once(whole_norm, xs, dys, ps, f64, f64), once(f, xs, dys, ps, dtype, torch.promote_types(dtype, f32)))])
+    return tensor(errs).pow(2).mean(0).sqrt().tolist()
+def whole_norm(xs, mean, var, w, b): return F.batch_norm(torch.cat(xs), mean, var, w, b, True)
+def joint_norm(xs, *args): return torch.cat(batchnorm.joint_batch_norm(xs, *args))
+
+@pytest.mark.parametrize('dtype', (f64,f32,torch.float16,torch.bfloat16), ids=str)
+def test_norms_precision(dtype):
+    "Nothing is farther from float64 than where all of it is normalized at once, but for a rounding of its own, and the chance in how 20 of these fall"
+    eps = torch.finfo(torch.promote_types(dtype, f32)).eps
+    for a,b in zip(norm_errors(whole_norm, dtype), norm_errors(joint_norm, dtype)): assert b<=math.hypot(1.25*a, eps)
+
+@pytest.mark.parametrize('mode', PRECISIONS)
+def test_autocast_of_exact_norms(mode):
+    "As near to full precision as the whole batch; BatchNorms have inputs in low precision"
+    to,dtype = PRECISIONS[mode]
+    seen = set()
+    def logged(l): to(l); l.model.n2.register_forward_pre_hook(lambda m,i: seen.add((torch.is_autocast_enabled(DEV),i[0].dtype)))
+    full,large,small = (normed(mb, dtype=f32, to=f) for mb,f in ((None,noop),(None,to),(exact(),logged)))
+    assert seen=={(True,dtype)}
+    for f in (lambda l: l.model.parameters(), lambda l: l.model.buffers()):
+        theirs,ours = (rel(flat(f(full)), flat(f(l))) for l in (large,small))
+        assert 0 < theirs and ours <= 2*theirs
+
+def test_offload():
+    "Activations that were on the host make the same gradients, and are not on the device meanwhile"
+    on,off = (normed(exact(offload=o)) for o in ('cpu',None))
+    same_norms(off, on, 1e-12)
+    peak(8)
+    (on,_),(off,_),(large,_),(small,_) = peak(64, exact(8)),peak(64, exact(8, offload=None)),peak(64),peak(64, MicroBatch(8))
+    print(f'exact BatchNorm of 8x8: {on} with offload, {off} without; plain bs=64 {large}, MicroBatch(8) {small} bytes')
+    assert small < on < off
+
+def test_no_sync_of_exact_norms(lax_after):
+    "With activations on the device, the host waits for nothing from the start of a batch until its gradients are complete"
+    small = normed(exact(offload=None), cbs=[Strict(),Lax()])
+    assert small.lax.n==6
+
+@pytest.mark.parametrize('backward', (False,True), ids=('forward','backward'))
+def test_size_of_exact_norms(backward):
+    "'auto' comes down to what fits, and is from there on what it is with that size from the start"
+    def one(mb, k):
+        seed()
+        l = bare(batches(*problem(71), 16), scarce(k, backward), nn.CrossEntropyLoss(), mb)
+        l.fit(2, 0.05)
+        return l,drawn()
+    (fixed,a),(auto,b) = one(exact(), 99),one(MicroBatch('auto', sync_bn=True), 5)
+    assert auto.micro_batch.bs==4 and torch.equal(a, b)
+    same_norms(fixed, auto, 1e-12)
+
+def test_streams():
+    "Micro-batches are computed on the stream and the device that are current"
+    seen,stream = set(),torch.cuda.Stream()
+    model = Residual().to(DEV)
+    model.n2.register_forward_hook(lambda *_: seen.add((torch.cuda.current_stream(),torch.cuda.current_device())))
+    x = torch.randn(8, 3, 8, 8, device=DEV)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), batchnorm.jointly(model, [(o,) for o in x.split(3)], 'cpu') as forward:
+        sum(o.sum() for o in forward()).backward()
+        assert seen=={(stream,torch.cuda.current_device())}
+    stream.synchronize()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
