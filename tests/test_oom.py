@@ -28,6 +28,7 @@ def tangled():
     raise err
 cuda = fails(torch.OutOfMemoryError, 'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.19 GiB is free.')
 ERRORS = {'cpu': lambda: torch.empty(2**60), 'cuda': cuda, 'tangled': tangled,
+          'type alone': fails(torch.OutOfMemoryError, 'Allocation failed'),
           'cuda of old': fails(RuntimeError, 'CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 15.77 GiB total capacity)'),
           'cuda of others': fails(RuntimeError, 'CUDA error: out of memory'),
           'mps': fails(RuntimeError, 'MPS backend out of memory (MPS allocated: 17.90 GB, other allocations: 1.02 MB, max allowed: 18.13 GB)'),
