@@ -504,7 +504,7 @@ def texts(shapes, mb, mem, form='tensor', *cbs):
 
 SHAPES = {'long ones first': ([8,32,8,16,32,8], [64, 256,128,64,64,64,64, 64, 128,64,64, 64,64,64,64, 64], [8,2,8,4,2,8]),
           'short ones first': ([16,32,8], [128,64,64, 128,64,64,64,64, 64], [4,2,8]), # what was too much of the shorter is not tried of the longer
-          'classes': ([32,40,20], [256,128,64,64,64,64, 80,80,80,80, 160,80,80], [2,2,4])} # 40 is of the class of 32, 20 of another
+          'classes': ([40,48,24], [320,160,80,80,80,80, 96,96,96,96, 192,96,96], [2,2,4])} # 48 is of the class of 40, 24 of another
 @pytest.mark.parametrize('form', ('tensor','dict'))
 @pytest.mark.parametrize('o', SHAPES)
 def test_shapes(o, form):
