@@ -22,7 +22,7 @@ counts_elements |= {FocalLoss,LabelSmoothingCrossEntropy} # fastai's other losse
 class AccumulateStep(Callback):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,run_valid = -100,False # the first to hear of each event
-    win,gate,held,mets,ddp = None,None,None,(),False
+    win,gate,held,turn,mets,ddp = None,None,None,None,(),False
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
@@ -48,8 +48,7 @@ class AccumulateStep(Callback):
         if self.normalize=='auto' and self.reduction=='mean' and (why := doubt(loss := self.learn.loss_func)):
             warn(f"{loss} {why}: no one number weighs its micro-batches, so samples are counted, and the run may not be quite the large batch's")
 
-    def before_epoch(self):
-        if 'all_batches' not in vars(self.learn): self.learn.all_batches = partial(self._all_batches, self.learn, self.learn.all_batches)
+    def before_epoch(self): self.turn = Turn(self.learn, 'all_batches', self._all_batches)
 
     def before_train(self): # before `MixUp` takes the loss's place
         self.reduction = 'none' if self.normalize=='none' else 'sum' if loss_option(self.learn.loss_func, 'reduction')=='sum' else 'mean'
@@ -97,7 +96,7 @@ class AccumulateStep(Callback):
         if self.held: self._release()
         else: self.win,self.i_win = None,self.i_win+1
 
-    def after_epoch(self): vars(self.learn).pop('all_batches', None)
+    def after_epoch(self): self.turn = self.turn and self.turn.end()
     def after_fit(self):
         self._drop()
         self.after_epoch()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'check_denominator', 'target_count', 'denominator', 'n_samples', 'loss_count',
            'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window', 'rescale',
-           'reduce_grads', 'stand_in']
+           'reduce_grads', 'stand_in', 'Turn']
 
 # %% ../nbs/00_core.ipynb #f7f64f7c
 import math,torch
@@ -272,3 +272,25 @@ def stand_in(
     setattr(o, name, f)
     try: yield
     finally: delattr(o, name) if was is None else setattr(o, name, was)
+
+# %% ../nbs/00_core.ipynb #9de170d1
+class Turn:
+    "Let `f(o, was)` be called once in place of method `name` of `o`, which is then `was` again"
+    def __init__(self,
+        o, # Any object
+        name:str, # The name of a method
+        f # A function of `o` and the method
+    ):
+        if isinstance(old := vars(o).get(name), Turn): old.end()
+        self.o,self.name,self.f,self.own,self.was = o,name,f,name in vars(o),getattr(o, name)
+        setattr(o, name, self)
+
+    def end(self):
+        "Put the method back"
+        if vars(self.o).get(self.name) is not self: return
+        if self.own: setattr(self.o, self.name, self.was)
+        else: delattr(self.o, self.name)
+
+    def __call__(self):
+        self.end()
+        return self.f(self.o, self.was)

@@ -55,10 +55,19 @@ def part(
                      "`MicroBatch(split=...)`, a function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each")
 
 def joined(
-    *preds # What the model returned for each micro-batch
+    ns:list, # Samples in each micro-batch
+    *preds # What the model returned for it
 ):
     "What it would have returned for the batch, without graph; what has no dimension of samples becomes a list"
-    if not isinstance(preds[0], Tensor): return list(preds)
+    o = preds[0]
+    if isinstance(o, MutableMapping):
+        res = copy(o)
+        for k in o: res[k] = joined(ns, *(p[k] for p in preds))
+        return res
+    if isinstance(o, (list,L)) and all(len(p)==n for p,n in zip(preds, ns)) and not all(isinstance(v, Tensor) and v.shape[:1]==(n,) for p,n in zip(preds, ns) for v in p):
+        return type(o)(itertools.chain(*preds)) # an entry a sample
+    if is_listy(o): return _again(o, [joined(ns, *ps) for ps in zip(*preds)])
+    if not isinstance(o, Tensor): return list(preds)
     try: return torch.cat([p.detach() for p in preds])
     except RuntimeError: return [p.detach() for p in preds]
 
@@ -111,13 +120,22 @@ def drop_grads(
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if grads: torch._foreach_zero_(grads)
 
-# %% ../nbs/06_microbatch.ipynb #c0438877
-_cancels = CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
+# %% ../nbs/06_microbatch.ipynb #1a88fed6
+_cancels = CancelTrainException,CancelEpochException,CancelFitException
 _inner = 'after_pred','after_loss','before_backward','after_backward','after_cancel_backward'
+
+class _Ears:
+    "Call those callbacks that listen within a micro-batch, as asking the others takes time"
+    def __init__(self, learn): self.learn,self.call,self.cbs = learn,learn._call_one,None
+    def __call__(self, name):
+        if name not in _inner: return self.call(name)
+        if (cbs := list(self.learn.cbs))!=self.cbs: # some may have come or gone
+            self.cbs,self.ears = cbs,[cb for cb in L(cbs).sorted('order') if type(cb).__call__ is not Callback.__call__ or any(hasattr(type(cb), e) or e in vars(cb) for e in _inner)]
+        for cb in self.ears: cb(name)
 
 class MicroBatch(Callback):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,win,one,pending,wait = -100,None,None,None,False
+    order,win,one,turn,pending,wait = -100,None,None,None,None,False
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
@@ -147,10 +165,8 @@ class MicroBatch(Callback):
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
-    def before_epoch(self):
-        if 'all_batches' not in vars(self.learn): self.learn.all_batches = partial(self._all_batches, self.learn, self.learn.all_batches)
-
-    def after_epoch(self): vars(self.learn).pop('all_batches', None)
+    def before_epoch(self): self.turn = Turn(self.learn, 'all_batches', self._all_batches)
+    def after_epoch(self): self.turn = self.turn and self.turn.end()
     def after_cancel_backward(self):
         if self.win: self.win.c = None
     def after_backward(self):
@@ -159,7 +175,6 @@ class MicroBatch(Callback):
 
     def _all_batches(self, learn, all_batches):
         "Stand in for `learn.all_batches`"
-        del learn.all_batches
         was,self.one = self.one,self.one or learn._do_one_batch # a callback may validate in mid-epoch
         try:
             with stand_in(learn, '_do_one_batch', partial(self._batch, learn)): all_batches()
@@ -226,51 +241,45 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
     self.n,self.total = n,target_count(learn.loss_func, *yb) if len(yb) and self.normalize=='auto' and win.reduction=='mean' else None
     along = [(learn,'xb',xb,[x for x,_ in parts]), (learn,'yb',yb,[y for _,y in parts]), *self._along(xb, yb, bs, ns, states := self._stateful())]
     self.wait = self._ddp and learn.training and len(yb)>0 and self._wait()
-    preds,losses,hidden,cbs,same = [],[],[],learn.cbs,True
+    preds,seen,hidden,same = [],[],[],True
     versions = [t._version for y in yb if isinstance(t := y, Tensor)]
-    asked = L(cb for cb in cbs if type(cb).__call__ is not Callback.__call__ or any(hasattr(type(cb), e) or e in vars(cb) for e in _inner)) # asking the others takes time
     try:
-        learn.cbs = L(asked)
-        with self._norms(parts) as outs:
+        with self._norms(parts) as outs, stand_in(learn, '_call_one', _Ears(learn)):
             for i in range(len(parts)):
                 for o,k,_,vs in along: setattr(o, k, vs[i])
                 if _nesting()<self.nest: self._autocast('before_batch')
-                win.c,win.last,win.called = None,i==len(parts)-1,False
+                win.c,win.last,win.called = None,i==len(parts)-1,None
                 if self._ddp: learn.model.require_backward_grad_sync = win.last and not self.wait
                 self.moments.micro()
                 with stand_in(learn, '_do_grad_opt', self._grad), stand_in(learn, 'model', _Answer(learn.model, outs[i]) if outs else learn.model): self.one()
-                if learn.training and len(yb) and not win.called: raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: use `AccumulateStep`")
+                if learn.training and len(yb) and win.called is None: raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: use `AccumulateStep`")
                 preds.append(nested(_detach, learn.pred))
                 hidden.append([m.hidden for m in states])
                 same = same and learn.yb is parts[i][1]
-                if learn.training or not len(yb): continue
-                win.c = 1 if win.reduction=='none' else loss_count(learn, self.normalize)
-                losses.append(learn.loss.detach()) if learn.loss.ndim else win.add(learn.loss)
+                if len(yb): seen.append((learn.loss.detach(), win.called if learn.training or win.reduction=='none' else loss_count(learn, self.normalize)))
             if self.pending: self._backward_all()
+            if self._ddp and win.count and win.c is None: self.wait = True # the backward pass that communicates was cancelled
+    except CancelBatchException:
+        along = [o for o in along if o[0] is not learn] # as prediction and loss are those of a micro-batch, so are the targets
+        raise
     finally:
         win.c = None
-        inner,learn.cbs = learn.cbs,cbs
-        for cb in inner: cb in asked or cbs.append(cb)
-        for cb in asked: cb in inner or cbs.remove(cb)
         for o,k,v,_ in along: setattr(o, k, v)
         if self._ddp: learn.model.require_backward_grad_sync = True
         self.pending = None
-    learn.pred,learn.loss_grad = nested(joined, *preds) if len(parts)>1 else preds[0],None
+    learn.pred,learn.loss_grad = joined(ns, *preds) if len(parts)>1 else preds[0],None
     for m,*hs in zip(states, *hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not len(yb): return
     if learn.training and win.count:
         same = same and versions==[t._version for y in yb if isinstance(t := y, Tensor)] # no callback made other targets of them
         exact = self.total is not None and same and win.count==len(parts) # then the loss had its final scale
         if not exact and (isinstance(scale := win.scale, Tensor) or scale!=1): rescale({*learn.model.parameters(), *learn.opt.all_params().itemgot(0)}, scale)
-    loss = learn.loss.detach()
-    if losses: loss = torch.cat(losses)
-    elif learn.training and win.ref is None: # nothing counted: a gradient of 0, with which momentum and weight decay act
-        loss = torch.zeros_like(loss)
-        for p in learn.model.parameters():
-            if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
-    elif len(parts)>1 and win.count: loss = win.mean_loss
-    elif self.total is not None: loss = loss.masked_fill(self.total==0, 0)
-    learn.loss = loss
+    if learn.loss.ndim: learn.loss = torch.cat([l for l,_ in seen])
+    elif len(parts)>1:
+        if not win.count: # in validation, or if no backward pass was made
+            for l,win.c in seen: win.add(l)
+        learn.loss = win.mean_loss
+    else: learn.loss = seen[0][0] if self.total is None else seen[0][0].masked_fill(self.total==0, 0)
     learn.loss_grad = learn.loss.clone()
 
 def _detach(o): return o.detach() if isinstance(o, Tensor) else o
@@ -279,9 +288,12 @@ def _detach(o): return o.detach() if isinstance(o, Tensor) else o
 def _grad(self:MicroBatch):
     "Stand in for `learn._do_grad_opt`: the backward pass of a micro-batch, without a step"
     learn,win = self.learn,self.win
-    win.called = True
     c,n = loss_count(learn, self.normalize, win.reduction=='mean'),n_samples(learn.yb, learn.xb)
-    if not isinstance(c, Tensor) and c==0: return # nothing in it counts
+    win.called = 1 if win.reduction=='none' else c
+    if not isinstance(c, Tensor) and c==0: # nothing in it counts, but momentum and weight decay act with a gradient of 0
+        c = win.called = torch.zeros_like(learn.loss)
+        if win.ref is not None or not win.last: return
+        win.ref = 1
     if win.ref is None:
         if self.total is not None: win.ref = self.total + (self.total==0)
         elif not isinstance(c, Tensor): win.ref = c*self.n/n
