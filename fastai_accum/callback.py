@@ -45,8 +45,8 @@ class AccumulateStep(Callback):
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
-        if self.normalize=='auto' and self.reduction=='mean' and (why := doubt(loss := self.learn.loss_func)):
-            warn(f"{loss} {why}: no one number weighs its micro-batches, so samples are counted, and the run may not be quite the large batch's")
+        if self.normalize=='auto' and self.reduction=='mean' and (why := doubt(loss := self.learn.loss_func, self.learn.cbs)):
+            warn(f"{loss} {why}: no one number weighs its micro-batches, and the run may not be quite the large batch's")
 
     def before_epoch(self): self.turn = Turn(self.learn, 'all_batches', self._all_batches)
 

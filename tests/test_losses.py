@@ -145,7 +145,7 @@ def test_variable_lengths():
 def test_two_denominators_are_told():
     "fastai's label smoothing with class weights is no mean that could be split: said once, by name, before training"
     loss = LabelSmoothingCrossEntropyFlat(weight=W32)
-    with pytest.warns(UserWarning, match='LabelSmoothingCrossEntropy.*samples are counted'): both(loss, labels(p=0))
+    with pytest.warns(UserWarning, match='LabelSmoothingCrossEntropy.*class weights'): both(loss, labels(p=0))
 
 def test_samples_on_request():
     "`normalize='samples'` does not look at the targets, and is off where they are ignored: which is why 'auto' looks"

@@ -412,20 +412,11 @@ def test_language_model_of_changing_batches(acc):
     mk = lm_maker(n=N, alpha=0, beta=0, cbs=lambda: [Hidden()], setup=lambda l: (double(l), resize(l, sizes)))
     same_hidden(*same(mk, acc=LM_ACCS[acc], fit=lambda l: l.fit_one_cycle(2, 1.)), 1e-12)
 
-def is_same_or_refused(*args, **kwargs):
-    "Is it the same run, or said beforehand that it can't be?"
-    try: same(*args, **kwargs)
-    except ValueError as e: assert 'RNNRegularizer' in str(e)
-
-# its terms are means over all of the batch's activations, whatever the loss divides by
 @pytest.mark.parametrize('kw', (dict(ignore_index=0), dict(weight=torch.arange(1., 51.))), ids=' '.join)
 def test_RNNRegularizer_and_weights(kw):
-    "Beside a loss that weighs targets or leaves some out, AR and TAR are those of the whole batch too"
-    is_same_or_refused(lm_maker(n=N, alpha=20, beta=10, setup=lambda l: setattr(l, 'loss_func', CrossEntropyLossFlat(**kw))), fit=lambda l: l.fit(1, 1.), dtype=f32)
-
-def test_RNNRegularizer_and_one_sample():
-    "TAR knows nothing of a micro-batch of one sample"
-    is_same_or_refused(lm_maker(n=64, alpha=20, beta=10), acc=lambda: MicroBatch(1), fit=lambda l: l.fit(1, 1.), dtype=f32)
+    "Its terms are means over all activations, whatever the loss divides by: that it is weighted as the loss is said"
+    mk = lm_maker(n=N, alpha=20, beta=10, setup=lambda l: setattr(l, 'loss_func', CrossEntropyLossFlat(**kw)))
+    with pytest.warns(UserWarning, match='RNNRegularizer'): mk(BS, MicroBatch(4)).fit(1)
 
 CLAS = dict(awd_lstm_clas_config, emb_sz=8, n_hid=10, n_layers=2, output_p=0., hidden_p=0., input_p=0., embed_p=0., weight_p=1e-30)
 SL = 5
@@ -457,10 +448,6 @@ def test_text_classifier(alpha, beta, acc):
 def test_text_classifier_and_exact_BatchNorm():
     "Its head has BatchNorms, in training here"
     same(clas_maker(cbs=list), acc=lambda: MicroBatch(MICRO, sync_bn=True), fit=lambda l: l.fit_one_cycle(1, 0.1))
-
-def test_text_classifier_with_weights():
-    "As fastai makes it: with AR and TAR"
-    is_same_or_refused(clas_maker(alpha=20, beta=10, loss=lambda: CE(weight=W)), fit=lambda l: l.fit(1, 0.1), dtype=f32)
 
 def test_SentenceEncoder_depends_on_the_batch():
     "Where texts do not fill their last chunk, fastai's encoder passes over the ends of some, depending on what else is in the batch; micro-batches can't"
