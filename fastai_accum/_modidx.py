@@ -243,6 +243,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._micro': ( 'microbatch.html#microbatch._micro',
                                                                                         'fastai_accum/microbatch.py'),
+                                         'fastai_accum.microbatch.MicroBatch._mods': ( 'microbatch.html#microbatch._mods',
+                                                                                       'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._norms': ( 'microbatch.html#microbatch._norms',
                                                                                         'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._parts': ( 'microbatch.html#microbatch._parts',

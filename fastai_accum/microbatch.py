@@ -90,14 +90,14 @@ def _nesting():
 class Undo:
     "What a batch changes before its step, to be put back by a call"
     def __init__(self,
-        model, # The model
+        mods, # `nn.ModuleList` of the model and what else may change, such as a loss
         batch # Its inputs and targets
     ):
-        self.model,self.inputs = model,[]
+        self.model,self.inputs = (model := mods[0]),[]
         self.rng = random.getstate(),np.random.get_state(),torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         nested(lambda t: self.inputs.append((t, t._version)) if isinstance(t, Tensor) else None, batch)
-        self.bufs = [(m._buffers,k,b,b.clone()) for m in model.modules() for k,b in m._buffers.items() if b is not None]
-        self.nograd = [p for p in model.parameters() if p.grad is None]
+        self.bufs = [(m._buffers,k,b,b.clone()) for m in mods.modules() for k,b in m._buffers.items() if b is not None]
+        self.nograd = [p for p in mods.parameters() if p.grad is None]
         self.sync = getattr(model, 'require_forward_param_sync', None) # will `DistributedDataParallel` broadcast buffers?
 
     def __call__(self):
@@ -190,15 +190,20 @@ class MicroBatch(Callback):
         try:
             with stand_in(learn, '_do_one_batch', partial(self._batch, learn)): all_batches()
         except BaseException as e:
-            if learn.training and not isinstance(e, _cancels): drop_grads(learn.model)
+            if learn.training and not isinstance(e, _cancels): drop_grads(self._mods)
             raise
         finally: self.one = was
 
     def _batch(self, learn):
         "Stand in for `learn._do_one_batch`: the forward and backward passes of all micro-batches, then the step"
         if self not in learn.cbs or not (learn.training or self.valid): return self.one()
-        if not learn.training or not len(learn.yb): return self._passes(learn.xb, learn.yb)
-        with set_aside(learn.model) if self.kept else nullcontext(): self._passes(learn.xb, learn.yb)
+        self.nest = _nesting()
+        try:
+            with set_aside(self._mods) if self.kept and learn.training else nullcontext(): self._passes(learn.xb, learn.yb)
+        except BaseException:
+            if _nesting()==self.nest: self._autocast('after_loss')
+            raise
+        if not learn.training or not len(learn.yb): return
         self.kept = True
         learn._with_events(learn._step, 'step', CancelStepException)
         learn.opt.zero_grad()
@@ -208,9 +213,9 @@ class MicroBatch(Callback):
 @patch
 def _passes(self:MicroBatch, xb, yb):
     "Gradients, prediction and loss of a batch, in micro-batches that fit"
-    n,self.nest = n_samples(yb, xb),_nesting()
+    n = n_samples(yb, xb)
     if not self.auto: return self._fits(xb, yb, n, min(self.bs, n))
-    train,kind,undo = self.training,self._kind(xb, n),Undo(self.model, (xb,yb))
+    train,kind,undo = self.training,self._kind(xb, n),Undo(self._mods, (xb,yb))
     def limit(): return min((bs for (t,k),bs in self.sizes.items() if t==train and k<=kind), default=None) # what did not fit will not in a larger shape
     while not self._fits(xb, yb, n, bs := min(limit() or n, n)):
         undo()
@@ -224,17 +229,19 @@ def _fits(self:MicroBatch, xb, yb, n, bs):
     learn,oom = self.learn,False
     try: self._micro(xb, yb, n, bs)
     except BaseException as e:
-        if learn.training: drop_grads(learn.model)
+        if learn.training: drop_grads(self._mods)
         oom,last = is_oom(e),not self.auto or bs==1
         if oom and last: e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}",)
-        if isinstance(e, ValueError) and self.auto and bs==1<n: e.args = (f"{e}\n`MicroBatch` had come down to 1 of a batch's {n} samples. {self._advice(bs)}",)
+        if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n: e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)
         if last or not oom:
-            if _nesting()==self.nest: self._autocast('after_loss')
             if oom: self._anywhere(True)
             raise
     if oom := self._anywhere(oom):
-        if learn.training: drop_grads(learn.model)
+        if learn.training: drop_grads(self._mods)
         learn.pred = learn.loss = learn.loss_grad = None # nothing is to hold on to the graph
+        for cb in learn.cbs:
+            for k,v in vars(cb).items():
+                if isinstance(v, Tensor) or isinstance(v, (list,tuple)) and any(isinstance(t, Tensor) for t in v): setattr(cb, k, nested(_detach, v))
         if bs==1: raise RuntimeError(f"another process ran out of memory with a micro-batch of one sample. {self._advice(bs)}")
     elif self.wait: reduce_grads(learn.model)
     return not oom
@@ -313,6 +320,9 @@ def _grad(self:MicroBatch):
     learn.loss_grad = win.weigh(learn.loss_grad, c, n)
     self.back = learn._backward
     with nullcontext() if self.pending is None else stand_in(learn, '_backward', self._later): learn._with_events(learn._backward, 'backward', CancelBackwardException)
+
+@patch(as_prop=True)
+def _mods(self:MicroBatch): return nn.ModuleList(o for o in (self.learn.model,self.learn.loss_func) if isinstance(o, nn.Module))
 
 @patch
 def _reduction(self:MicroBatch):
@@ -400,7 +410,7 @@ def _kind(self:MicroBatch, xb, n):
     "The shape class of inputs: bytes in a sample, as a power of two; one for all if processes have to agree"
     sizes = []
     nested(lambda t: sizes.append(getattr(t, 'nbytes', 0)), xb)
-    return 0 if self._ddp else math.ceil(math.log2(max(1, sum(sizes))/n))
+    return 0 if self._ddp else math.ceil(math.log2(max(1, sum(sizes)/n)))
 
 # %% ../nbs/06_microbatch.ipynb #8f77ccc9
 @patch(as_prop=True)

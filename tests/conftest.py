@@ -7,4 +7,4 @@ settings.register_profile('all', deadline=None, derandomize='CI' in os.environ, 
 settings.load_profile('all')
 
 # written against more than the code does so far: to be brought in step with it, file by file
-collect_ignore = ['test_batchnorm.py', 'test_batchnorm_distributed.py', 'test_oom.py']
+collect_ignore = ['test_batchnorm.py', 'test_batchnorm_distributed.py']
