@@ -11,6 +11,7 @@ import contextvars,itertools,queue,threading,torch
 import torch.nn.functional as F
 from collections import Counter
 from contextlib import ExitStack,contextmanager,nullcontext
+from copy import copy
 from functools import partial
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -25,22 +26,30 @@ def _dims(x): return [0,*range(2, x.ndim)]
 def _wide(t, like): return t.view(1, -1, *[1]*(like.ndim-2))
 def _n(x): return x.numel()//x.shape[1]
 
+def _moments(x):
+    "Mean and variance, in at least float32; the mean in float64 where there is that"
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type!='cpu': return torch.var_mean(x.to(dtype), _dims(x), correction=0)[::-1]
+    zeros = torch.zeros(x.shape[1], dtype=dtype)
+    return x.sum(_dims(x), dtype=torch.float64)/_n(x),torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.)[1] # faster than `var_mean`
+
 class _Plain:
     "Batch normalization in steps, of operations that every device has; the statistics are mean and variance"
     @staticmethod
     def stats(xs, eps, running_mean, running_var, momentum):
         ns = [_n(x) for x in xs]
         n = sum(ns)
-        vms = [torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), _dims(x), correction=0) for x in xs]
-        mean = sum(m*(k/n) for (_,m),k in zip(vms, ns))
-        var = sum((v + (m-mean)**2)*(k/n) for (v,m),k in zip(vms, ns))
+        means,vs = zip(*map(_moments, xs))
+        mean = sum(m*(k/n) for m,k in zip(means, ns))
+        var = sum((v + (m-mean)**2)*(k/n) for m,v,k in zip(means, vs, ns)).to(vs[0].dtype)
+        mean = mean.to(var.dtype)
         if running_mean is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var*(n/(n-1))).to(running_var.dtype), momentum)
         return mean,var
 
     @staticmethod
-    def normalize(x, w, b, mean, var, eps): return F.batch_norm(x, mean, var, w, b, False, 0., eps)
+    def normalize(x, w, b, mean, var, eps): return F.batch_norm(x, mean, var, *(o if o is None else o.to(mean.dtype) for o in (w,b)), False, 0., eps)
 
     @staticmethod
     def sums(dy, x, mean, var, eps):
@@ -87,7 +96,7 @@ class _Normalize(torch.autograd.Function):
     "Normalize all micro-batches by statistics that are functions of all of them"
     @staticmethod
     def forward(ctx, kernels, eps, mean, spread, w, b, *xs):
-        ctx.kernels,ctx.eps = kernels,eps
+        ctx.kernels,ctx.eps,ctx.b = kernels,eps,b if b is None else b.dtype
         ctx.save_for_backward(mean, spread, w, *xs)
         return tuple(kernels.normalize(x, w, b, mean, spread, eps) for x in xs)
 
@@ -99,7 +108,7 @@ class _Normalize(torch.autograd.Function):
         n,need = sum(map(_n, xs)),ctx.needs_input_grad
         dxs = [k.grad(dy_, x, w, mean, spread, eps, dy, dy_xmu, n) if o else None for dy_,x,o in zip(dys, xs, need[6:])]
         dw = (dy_xmu*k.invstd(spread, eps)).to(w.dtype) if need[4] else None
-        return None,None,None,None,dw,dy.to(w.dtype) if need[5] else None,*dxs
+        return None,None,None,None,dw,dy.to(ctx.b) if need[5] else None,*dxs
 
 def joint_batch_norm(
     xs:list, # Inputs (samples, channels, ...), one for each micro-batch
@@ -217,6 +226,7 @@ def replicas(
         if m is None or id(m) in memo: return memo.get(id(m))
         r = memo[id(m)] = m._replicate_for_data_parallel()
         del r._is_replica
+        vars(r).update({n:copy(v) for n,v in vars(m).items() if n[0]!='_' and isinstance(v, (list,dict,set))})
         r._parameters,r._buffers = m._parameters,m._buffers
         r._modules = {n:rep(c, memo) for n,c in m._modules.items()}
         if hasattr(type(m), '__del__'): r.__class__ = type(type(m).__name__, (type(m),), {'__del__':lambda self: None}) # `DynamicUnet` takes its hooks along
@@ -238,15 +248,17 @@ class _Catch(TorchFunctionMode):
     "Give `f` what a BatchNorm is about to normalize by the statistics of the batch"
     def __init__(self, m, f):
         super().__init__()
-        self.m,self.f,self.v = m,f,self._version(m)
+        self.m,self.f,self.was,self.seen = m,f,self._count(m),False
 
     @staticmethod
-    def _version(m): return None if m.num_batches_tracked is None else m.num_batches_tracked._version
+    def _count(m): return id(t := m.num_batches_tracked),getattr(t, '_version', None) # timm's layers make it a new tensor each time
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.batch_norm or not (o := _Norm(*args, **kwargs)).training: return func(*args, **kwargs)
-        o.m,o.counted = self.m,self._version(self.m)!=self.v
+        if func is not F.batch_norm: return func(*args, **kwargs)
+        self.seen = True
+        if not (o := _Norm(*args, **kwargs)).training: return func(*args, **kwargs)
+        o.m,o.counted = self.m,self._count(self.m)!=self.was
         return self.f(o)
 
 @contextmanager
@@ -256,7 +268,9 @@ def caught(
 ):
     "Let `f` do what the BatchNorms of `models` would do with the statistics of a batch"
     def forward(fwd, m, *args, **kwargs):
-        with _Catch(m, f): return fwd(*args, **kwargs)
+        with _Catch(m, f) as catch: res = fwd(*args, **kwargs)
+        if not catch.seen: raise RuntimeError(f"{type(m).__name__} is a BatchNorm that does not call `F.batch_norm`: what it computes is not known, so it can't have `sync_bn`")
+        return res
     ms = {m:vars(m).get('forward') for o in models for m in batch_norms(o)}
     for m,own in ms.items(): m.forward = partial(forward, own or m.forward, m)
     try: yield
@@ -289,8 +303,8 @@ class Offload:
 # %% ../nbs/07_batchnorm.ipynb #0bedfaaa
 def _meet(o):
     lane = getattr(Lane.here, 'lane', None)
-    if lane is None: raise RuntimeError("a BatchNorm is inside a part of the model that gradient checkpointing computes again, for one micro-batch by itself: "
-                                        "exact BatchNorm (`sync_bn=True`) can't be had of that. Leave BatchNorms out of checkpointed parts, or pass `sync_bn='stats'`")
+    if lane is None: raise RuntimeError("a BatchNorm is called outside of the model's forward pass, for one micro-batch by itself: by gradient checkpointing, which computes a part of "
+                                        "the model again, or by a loss or callback that calls the model. Exact BatchNorm (`sync_bn=True`) can't be had of that; pass `sync_bn='stats'`")
     o.grad = torch.is_grad_enabled()
     return lane.meet(o)
 

@@ -338,10 +338,10 @@ def _autocast(self:MicroBatch, event):
 
 # %% ../nbs/06_microbatch.ipynb #a5684a33
 class _Answer(GetAttr):
-    "A model that has computed its output already"
+    "A model that has computed its first output already"
     _default = 'model'
-    def __init__(self, model, out): self.model,self.out = model,out
-    def __call__(self, *args, **kwargs): return self.out
+    def __init__(self, model, out): self.model,self.outs = model,[out]
+    def __call__(self, *args, **kwargs): return self.outs.pop() if self.outs else self.model(*args, **kwargs)
 
 @patch
 @contextmanager

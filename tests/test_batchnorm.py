@@ -508,13 +508,6 @@ class Table(Res):
     "In a dict"
     def __init__(self): super().__init__(); self.table = {}
     def forward(self, x): self.table['x'] = x; return super().forward(x)+self.head(F.pad(self.table['x'], [0,0,0,0,0,3]).mean((2,3)))
-class Reader(nn.Module):
-    def __init__(self, m): super().__init__(); self.n,self.m = BN(4),(m,) # so that it is no module of this one
-    def forward(self, x): return self.n(x)*self.m[0].kept
-class Reads(nn.Module):
-    "One layer knows another, from which it takes what that one remembers"
-    def __init__(self): super().__init__(); self.d,self.c = Down(3, 4),nn.Linear(4, 3); self.r = Reader(self.d)
-    def forward(self, x): self.d(x); return self.c(self.r(self.d.kept.roll(1, 1)).mean((2,3)))
 class Own(Keeps):
     "Its forward pass was replaced by a method"
     def __init__(self): super().__init__(); self.forward = types.MethodType(lambda self,x: Keeps.forward(self, x)*2, self)
@@ -529,7 +522,7 @@ class Counts(Res):
     calls = 0
     def forward(self, x): self.calls += self.training; return super().forward(x)*(1+0.1*self.calls)
 
-NOTES = {'list':dict(model=Stacks), 'dict':dict(model=Table), 'another module':dict(model=Reads), 'its own forward':dict(model=Own, data=masks()), 'hook object':dict(model=Hooked), 'count':dict(model=Counts)}
+NOTES = {'list':dict(model=Stacks), 'dict':dict(model=Table), 'its own forward':dict(model=Own, data=masks()), 'hook object':dict(model=Hooked), 'count':dict(model=Counts)}
 @pytest.mark.parametrize('o', NOTES)
 def test_notes(o):
     "What one micro-batch leaves in attributes is not found by another, or that is refused"
