@@ -30,7 +30,7 @@ def _moments(x):
     "Mean and variance, in at least float32; the mean in float64 where there is that"
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type!='cpu': return torch.var_mean(x.to(dtype), _dims(x), correction=0)[::-1]
-    zeros = torch.zeros(x.shape[1], dtype=dtype)
+    zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
     return x.sum(_dims(x), dtype=torch.float64)/_n(x),torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.)[1] # faster than `var_mean`
 
 class _Plain:
@@ -181,13 +181,16 @@ class Lane(threading.Thread):
 
     def meet(self, what):
         "From this thread: bring `what`, and return what the others make of it"
+        if self.stopped: raise _Stopped
         self.at = what
         self.outbox.put(None)
         return self._wait()
 
-    def end(self):
+    def stop(self):
         self.stopped = True
         self.inbox.put(None)
+
+    def end(self):
         self.join()
         self.exc = self.f = self.at = None
 
@@ -214,9 +217,12 @@ def lockstep(
             back = list(join(met))
             del met
     finally:
+        for lane in lanes: lane.stop() # all of them, before one is waited for
         for lane in lanes: lane.end()
 
-# %% ../nbs/07_batchnorm.ipynb #6600efa3
+# %% ../nbs/07_batchnorm.ipynb #29cd12fd
+def _compiled(m): return isinstance(m, torch.jit.ScriptModule) or hasattr(m, '_orig_mod') or m._compiled_call_impl is not None
+
 def replicas(
     model, # A module
     k:int # How many
@@ -224,6 +230,7 @@ def replicas(
     "Models that can be in mid-forward at the same time"
     def rep(m, memo):
         if m is None or id(m) in memo: return memo.get(id(m))
+        if _compiled(m): return m
         r = memo[id(m)] = m._replicate_for_data_parallel()
         del r._is_replica
         vars(r).update({n:copy(v) for n,v in vars(m).items() if n[0]!='_' and isinstance(v, (list,dict,set))})
@@ -236,7 +243,7 @@ def replicas(
 def _hook_owners(model):
     "Objects whose methods are forward hooks, such as fastai's `Hook` that remembers an output for a U-Net"
     hooks = [h for m in model.modules() for d in (m._forward_hooks,m._forward_pre_hooks) for h in d.values()]
-    return list({id(o):o for h in hooks if (o := getattr(h, '__self__', None)) is not None and not isinstance(o, nn.Module) and hasattr(o, '__dict__')}.values())
+    return list({id(o):o for h in hooks if not isinstance(o := getattr(h, '__self__', h), nn.Module) and hasattr(o, '__dict__')}.values())
 
 # %% ../nbs/07_batchnorm.ipynb #f14093d9
 class _Norm:
@@ -296,7 +303,7 @@ class Offload:
         if key not in self.seen: self.seen[key] = ref,torch.empty_like(t, device='cpu', pin_memory=t.is_cuda).copy_(t, non_blocking=True)
         return t.device,self.seen[key][1]
 
-    def stays(self, t): return t.device.type=='cpu' or isinstance(t, nn.Parameter)
+    def stays(self, t): return t.device.type=='cpu' or isinstance(t if t._base is None else t._base, nn.Parameter)
     def unpack(self, o): return o if isinstance(o, torch.Tensor) else o[1].to(o[0], non_blocking=True)
     def __call__(self): return saved_tensors_hooks(self.pack, self.unpack)
 
@@ -331,10 +338,14 @@ def jointly(
 # %% ../nbs/07_batchnorm.ipynb #220b97ac
 class Moments:
     "Let BatchNorms normalize each micro-batch by itself, and move their running statistics once, in `flush`, by the moments of all"
-    def __init__(self): self.drop()
+    def __init__(self): self._begin()
     def drop(self):
-        "Forget what was not flushed"
-        self.calls,self.i = {},Counter()
+        "Forget what was not flushed, as if these batches had not been"
+        for (m,_),seen in self.calls.items():
+            if n := sum(o[3] for o in seen): m.num_batches_tracked.sub_(n)
+        self._begin()
+
+    def _begin(self): self.calls,self.i = {},Counter()
     def micro(self):
         "A micro-batch begins"
         self.i.clear()
@@ -357,7 +368,7 @@ class Moments:
             var = sum(v*((k-1)/(n-1)) + (o-mean)**2*(k/(n-1)) for v,o,k in zip(vs, means, ns))
             rm.lerp_(mean, momentum), rv.lerp_(var, momentum)
             if sum(counted)>1: m.num_batches_tracked.sub_(sum(counted)-1)
-        self.drop()
+        self._begin()
 
 # %% ../nbs/07_batchnorm.ipynb #2572d876
 def check_batch_norms(
@@ -367,5 +378,5 @@ def check_batch_norms(
     for m in model.modules():
         if isinstance(m, nn.SyncBatchNorm): return "`SyncBatchNorm` talks to other processes about each micro-batch; take `distrib_ctx(sync_bn=False)`, or no `sync_bn` here"
         if isinstance(m, nn.DataParallel): return "`DataParallel` splits each micro-batch over GPUs once more; take `DistributedDataParallel`"
-        if isinstance(m, torch.jit.ScriptModule) or hasattr(m, '_orig_mod') or m._compiled_call_impl is not None:
+        if _compiled(m) and any('BatchNorm' in getattr(o, 'original_name', type(o).__name__) for o in m.modules()):
             return f"{type(m).__name__} is compiled, and what happens inside can't be caught; compile it without its BatchNorms, or not at all"

@@ -230,6 +230,7 @@ def _fits(self:MicroBatch, xb, yb, n, bs):
     try: self._micro(xb, yb, n, bs)
     except BaseException as e:
         if learn.training: drop_grads(self._mods)
+        self.moments.drop()
         oom,last = is_oom(e),not self.auto or bs==1
         if oom and last: e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}",)
         if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n: e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)

@@ -6,5 +6,3 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 settings.register_profile('all', deadline=None, derandomize='CI' in os.environ, database=None, max_examples=200)
 settings.load_profile('all')
 
-# written against more than the code does so far: to be brought in step with it, file by file
-collect_ignore = ['test_batchnorm.py', 'test_batchnorm_distributed.py']
