@@ -1,27 +1,10 @@
 """What exact BatchNorm costs: `MicroBatch(sync_bn=True)`, with activations kept on the host and on the device, against plain accumulation and the whole batch at once; time and
 peak memory, side by side in one run. On a GPU: ResNet-50 on 224x224 pixels, batches of 8x32. On the CPU: ResNet-18 on 32x32 pixels, batches of 4x8, time alone: there is no
 memory to offload to."""
-import gc,json,platform,random,time
-from statistics import median
-from fastai.vision.all import *
+import gc,json
+from common import *
 from fastai_accum import MicroBatch
 from fastcore.script import call_parse
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device('cuda' if CUDA else 'cpu')
-
-def sync():
-    if CUDA: torch.cuda.synchronize()
-
-class Timer(Callback):
-    "Seconds of the training part of an epoch"
-    order = -1000
-    def before_train(self):
-        sync()
-        self.start = time.perf_counter()
-    def after_train(self):
-        sync()
-        self.secs = time.perf_counter()-self.start
 
 class Batches(list): "Batches that are on the device already"
 
@@ -36,20 +19,18 @@ def free():
     gc.collect()
     if CUDA: torch.cuda.empty_cache()
 
-def fit(learn, mb):
+def measure(learn, mb):
     "Seconds and, on a GPU, bytes at the peak of an epoch; None if memory is not enough"
     free()
     if CUDA: torch.cuda.reset_peak_memory_stats()
     cbs = [mb()] if mb else []
-    try: learn.fit(1, 1e-3, cbs=cbs)
+    try: secs = fit(learn, *cbs)
     except torch.OutOfMemoryError:
         learn.opt.zero_grad()
         learn.pred = learn.loss = learn.loss_grad = None
         learn.remove_cbs(cbs)
         return None
-    return learn.timer.secs, torch.cuda.max_memory_allocated() if CUDA else None
-
-def ratio(a, b): return median(x/y for x,y in zip(a, b))
+    return secs, torch.cuda.max_memory_allocated() if CUDA else None
 
 @call_parse
 def main(
@@ -60,7 +41,6 @@ def main(
     fp16:bool=False, # In mixed precision, on a GPU
     out:str='out/batchnorm.json' # The numbers of each epoch
 ):
-    torch.set_num_threads(1)
     repeats,n,n_acc,bs = (v or d for v,d in zip((repeats,n,n_acc,bs), (10,4,8,32) if CUDA else (5,2,4,8)))
     arch,size = (models.resnet50,224) if CUDA else (models.resnet18,32)
     learn = learner(arch, size, n, n_acc*bs)
@@ -72,11 +52,11 @@ def main(
     for i in range(repeats+1):
         for k in random.sample(list(runs), len(runs)):
             if k in lost: continue
-            r = fit(learn, runs[k])
+            r = measure(learn, runs[k])
             if r is None: lost.append(k)
             elif i: res[k].append((r[0]/n, r[1])) # the first warms up
-    where = f"{torch.cuda.get_device_name() if CUDA else f'{platform.machine()} on one thread'}, torch {torch.__version__}{', mixed precision' if fp16 and CUDA else ''}"
-    print(f'{where}\n{arch.__name__} on {size}x{size} pixels, batches of {n_acc}x{bs}, medians of {repeats} epochs of {n} batches each in random turn')
+    at = where() + (', mixed precision' if fp16 and CUDA else '')
+    print(f'{at}\n{arch.__name__} on {size}x{size} pixels, batches of {n_acc}x{bs}, medians of {repeats} epochs of {n} batches each in random turn')
     base = f'MicroBatch({bs})'
     print(f'{"":40}{"ms a batch":>12}{f"times {base}":>20}{"times whole batch":>20}' + (f'{"peak MiB":>12}' if CUDA else ''))
     def times(k, than): return f'{ratio([s for s,_ in res[k]], [s for s,_ in res[than]]):.3f}' if res[k] and res[than] else '-'
@@ -85,5 +65,5 @@ def main(
         print(f'{k:40}{1e3*median(s for s,_ in v):12.1f}{times(k, base):>20}{times(k, "plain Learner, whole batch"):>20}' + (f'{max(m for _,m in v)/2**20:12.0f}' if CUDA else ''))
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(where=where, arch=arch.__name__, size=size, n=n, n_acc=n_acc, bs=bs, runs=res, did_not_fit=lost), indent=1))
+    path.write_text(json.dumps(dict(where=at, arch=arch.__name__, size=size, n=n, n_acc=n_acc, bs=bs, runs=res, did_not_fit=lost), indent=1))
     print(f'numbers in {path}')

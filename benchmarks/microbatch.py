@@ -6,27 +6,11 @@ largest sum of what torch's allocator had given out and not got back, from each 
 that oneDNN allocates by itself is not in it."""
 import os
 os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler has nothing to say
-import gc,json,platform,random,time
-from statistics import median
-from fastai.vision.all import *
+import gc,json
+from common import *
 from fastai_accum import AccumulateStep,MicroBatch
 from fastcore.script import call_parse
 from torch.profiler import ProfilerActivity,profile
-
-DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-
-def sync():
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-
-class Timer(Callback):
-    "Seconds of the training part of an epoch"
-    order = -1000
-    def before_train(self):
-        sync()
-        self.start = time.perf_counter()
-    def after_train(self):
-        sync()
-        self.secs = time.perf_counter()-self.start
 
 def loop(model, dl, opt, bs):
     "What one writes without a framework: load a batch, split it, step"
@@ -40,9 +24,6 @@ def loop(model, dl, opt, bs):
     sync()
     return time.perf_counter()-start
 
-def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,10))
-def resnet(): return models.resnet18(num_classes=10)
-
 # name, model, a sample's shape, batches in an epoch; what `MicroBatch` is to be compared with, and how much of its time it may take
 PROBLEMS = (('tiny MLP', mlp, (1,8,8), 25, "fastai's GradientAccumulation", 0.7), ('ResNet-18 on 64x64 pixels', resnet, (3,64,64), 1, 'hand-written loop', 1.02))
 
@@ -55,21 +36,6 @@ def learner(model, items, bs):
     learn.logger = noop
     return learn
 
-def fit(learn, *cbs):
-    learn.fit(1, 1e-3, cbs=cbs)
-    return learn.timer.secs
-
-def interleaved(runs, repeats, warm):
-    "Seconds of each of `runs`, called in random turn; the first `warm` of each are left out"
-    secs = {k:[] for k in runs}
-    for i in range(repeats+warm):
-        for k in random.sample(list(runs), len(runs)):
-            s = runs[k]()
-            if i>=warm: secs[k].append(s)
-    return secs
-
-def ratio(a, b): return median(x/y for x,y in zip(a, b))
-
 def micro_times(mk, shape, n, n_acc, bs, repeats):
     "Seconds for the samples of a micro-batch, of each way to train on `n` batches of `n_acc*bs` samples"
     items,model = data(shape, n*n_acc*bs),mk().to(DEVICE)
@@ -77,12 +43,12 @@ def micro_times(mk, shape, n, n_acc, bs, repeats):
     runs = {'MicroBatch':lambda: fit(large, MicroBatch(bs)), 'hand-written loop':lambda: loop(model, large.dls.train, opt, bs),
             'AccumulateStep':lambda: fit(small, AccumulateStep(n_acc)), "fastai's GradientAccumulation":lambda: fit(small, GradientAccumulation(n_acc*bs)),
             "MicroBatch('auto'), all fits":lambda: fit(large, MicroBatch('auto')), 'plain Learner, whole batches':lambda: fit(large)}
-    return {k:[s/(n*n_acc) for s in v] for k,v in interleaved(runs, repeats, 2).items()}
+    return {k:[s/(n*n_acc) for s in v] for k,v in interleaved(runs, repeats).items()}
 
 def peak(f):
     "Bytes at the peak of `f()`, above what there was before"
     gc.collect()
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.reset_peak_memory_stats()
         was = torch.cuda.memory_allocated()
         f()
@@ -137,9 +103,8 @@ def main(
     grow_bs:int=64, # Samples in the batch of the picture
     out:str='out/microbatch.png' # The picture; its numbers go to a JSON file beside it
 ):
-    torch.set_num_threads(1)
-    where = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} on one thread'}, torch {torch.__version__}"
-    print(f'{where}, batches of {n_acc}x{bs} samples, medians of {repeats} epochs of each in random turn')
+    at = where()
+    print(f'{at}, batches of {n_acc}x{bs} samples, medians of {repeats} epochs of each in random turn')
     times,grown = {},{}
     for name,mk,shape,n,than,most in PROBLEMS:
         secs = times[name] = micro_times(mk, shape, n, n_acc, bs, repeats)
@@ -155,5 +120,5 @@ def main(
     if grown: draw(grown, out)
     path = Path(out).with_suffix('.json')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(where=where, n_acc=n_acc, bs=bs, secs_per_micro_batch=times, growth=grown), indent=1))
+    path.write_text(json.dumps(dict(where=at, n_acc=n_acc, bs=bs, secs_per_micro_batch=times, growth=grown), indent=1))
     print(f'\n{out if grown else "no picture"}, numbers in {path}')
