@@ -15,3 +15,4 @@ if _fastai.startswith('1.'): from .fastai1 import *
 else:
     from .callback import *
     from .microbatch import *
+    from .noise import *
