@@ -1,5 +1,5 @@
 "What the benchmarks share: where they run, how they time, and that they do so side by side"
-import platform,random,time
+import ctypes,platform,random,time
 from statistics import median
 from fastai.vision.all import *
 
@@ -7,8 +7,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
 
 def where():
-    "Machine and torch, on one thread"
+    "Machine and torch, on one thread, with memory that stays with the process: else some runs get pages from the system, others not, by chance"
     torch.set_num_threads(1)
+    if platform.system()=='Linux':
+        for option in (-1,-3): ctypes.CDLL(None).mallopt(option, 2**30) # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     return f"{torch.cuda.get_device_name() if CUDA else f'{platform.machine()} on one thread'}, torch {torch.__version__}"
 
 def sync():

@@ -16,3 +16,4 @@ else:
     from .callback import *
     from .microbatch import *
     from .noise import *
+    from .check import *
