@@ -7,7 +7,7 @@ help:
 	@echo "make demo    train digits as bs=32, as 4x8 with AccumulateStep, and otherwise; a table and out/digits.png"
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
 	@echo "make test-fastai1   the tests of fastai 1 alone"
-	@echo "make bench   time and communication against fastai's own callback and a hand-written loop"
+	@echo "make bench   time, memory and communication against fastai's own callback and a hand-written loop"
 	@echo "make sync    export the package, clean the notebooks, write README.md from nbs/index.ipynb"
 
 env: $(VENV)/.done
@@ -22,6 +22,8 @@ demo: env
 bench: env
 	$(PY) -W ignore benchmarks/overhead.py
 	$(PY) -W ignore benchmarks/communication.py
+	$(PY) -W ignore benchmarks/microbatch.py
+	$(PY) -W ignore benchmarks/batchnorm.py
 
 sync: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh
