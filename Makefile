@@ -8,6 +8,7 @@ help:
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
 	@echo "make test-fastai1   the tests of fastai 1 alone"
 	@echo "make bench   time, memory and communication against fastai's own callback and a hand-written loop"
+	@echo "make docs    the site in _docs, with Quarto where it is installed and otherwise in plain pages; nothing is run again"
 	@echo "make sync    export the package, clean the notebooks, write README.md from nbs/index.ipynb"
 
 env: $(VENV)/.done
@@ -28,6 +29,10 @@ bench: env
 sync: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh
 
+docs: env
+	if command -v quarto >/dev/null; then $(VENV)/bin/nbdev-docs; else $(PY) -W ignore tools/docs.py; fi
+	$(PY) tools/links.py _docs
+
 test: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
 	ls nbs/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/nbdev-test # a process for each, as notebooks patch fastai's classes
@@ -44,4 +49,4 @@ $(FASTAI1)/.done: $(VENV)/.done
 test-fastai1: $(FASTAI1)/.done
 	PYTHONPATH=$(abspath $(FASTAI1)) TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 $(PY) -W ignore -m pytest tests_fastai1
 
-.PHONY: help env demo bench sync test test-fastai1
+.PHONY: help env demo bench sync docs test test-fastai1

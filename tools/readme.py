@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb: its text, its code and what the code printed, but no hidden cells"
+"Write README.md from nbs/index.ipynb: its text, its code and what the code printed, but no hidden cells; and nbs/changelog.qmd from CHANGELOG.md"
 import re
 from pathlib import Path
 from fastcore.nbio import read_nb
@@ -18,3 +18,6 @@ def cell(c):
 md = '\n\n'.join(filter(None, map(cell, read_nb(root/'nbs/index.ipynb').cells)))
 note = '<!-- Made from nbs/index.ipynb by `make sync`: edit that. -->'
 (root/'README.md').write_text(f'{note}\n\n{md}\n', encoding='utf-8')
+
+log = (root/'CHANGELOG.md').read_text(encoding='utf-8').removeprefix('# Changelog').strip()
+(root/'nbs/changelog.qmd').write_text(f'---\ntitle: Changelog\n---\n\n<!-- Made from CHANGELOG.md by `make sync`: edit that. -->\n\n{log}\n', encoding='utf-8')

@@ -2,12 +2,12 @@
 # Bring package, notebooks and README in step; with --check, fail if they were not (and leave them mended).
 set -eu
 cd "$(dirname "$0")/.."
-state() { cat nbs/*.ipynb fastai_accum/*.py README.md | sha1sum; }
+state() { cat nbs/*.ipynb nbs/*.qmd fastai_accum/*.py README.md | sha1sum; }
 before=$(state)
 nbdev-export
 nbdev-clean
 python tools/readme.py
 [ "${1:-}" != --check ] || [ "$before" = "$(state)" ] || {
-    echo 'Notebooks, package and README.md were out of step. They have been brought in step: look at `git diff` and commit.' >&2
+    echo 'Notebooks, package, README.md and the changelog page were out of step. They have been brought in step: look at `git diff` and commit.' >&2
     exit 1
 }
