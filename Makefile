@@ -7,7 +7,7 @@ help:
 	@echo "make demo    train digits as bs=32, as 4x8 with AccumulateStep, and otherwise; a table and out/digits.png"
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
 	@echo "make test-fastai1   the tests of fastai 1 alone"
-	@echo "make bench   time, memory and communication against fastai's own callback and a hand-written loop"
+	@echo "make bench   exactness, time, memory and communication against fastai's own callback, a hand-written loop and other libraries; an environment of its own"
 	@echo "make docs    the site in _docs, with Quarto where it is installed and otherwise in plain pages; nothing is run again"
 	@echo "make sync    export the package, clean the notebooks, write README.md from nbs/index.ipynb"
 
@@ -20,11 +20,18 @@ $(VENV)/.done: settings.ini setup.py pyproject.toml
 demo: env
 	$(PY) examples/digits.py
 
-bench: env
-	$(PY) -W ignore benchmarks/overhead.py
-	$(PY) -W ignore benchmarks/communication.py
-	$(PY) -W ignore benchmarks/microbatch.py
-	$(PY) -W ignore benchmarks/batchnorm.py
+# fastai, this package and the newest of each peer; what wants another torch goes to $(BENCH)-peer
+BENCH ?= .venv-bench
+$(BENCH)/.done: settings.ini setup.py pyproject.toml benchmarks/peers/install.sh
+	PYTHON=$(PYTHON) bash benchmarks/peers/install.sh $(BENCH)
+	@touch $@
+
+bench: $(BENCH)/.done
+	$(BENCH)/bin/python -W ignore benchmarks/peers.py --envs $(BENCH)
+	$(BENCH)/bin/python -W ignore benchmarks/overhead.py
+	$(BENCH)/bin/python -W ignore benchmarks/microbatch.py
+	$(BENCH)/bin/python -W ignore benchmarks/communication.py
+	$(BENCH)/bin/python -W ignore benchmarks/batchnorm.py
 
 sync: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh

@@ -6,6 +6,7 @@ state() { cat nbs/*.ipynb nbs/*.qmd fastai_accum/*.py README.md | sha1sum; }
 before=$(state)
 nbdev-export
 nbdev-clean
+python tools/tables.py
 python tools/readme.py
 [ "${1:-}" != --check ] || [ "$before" = "$(state)" ] || {
     echo 'Notebooks, package, README.md and the changelog page were out of step. They have been brought in step: look at `git diff` and commit.' >&2

@@ -1,0 +1,3 @@
+from fastai_learner import *
+
+serve('fastai', fastai=row(lambda p: GradientAccumulation(p.bs)))

@@ -1,0 +1,26 @@
+"The tables of the page are those of the measured numbers"
+import re,sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+from tables import main
+
+NUMBERS = ROOT/'benchmarks/peers.json'
+
+def test_page(): main(check=True)
+
+def test_digit(tmp_path):
+    "A digit of any error, or of a version, and the check fails"
+    text,other = NUMBERS.read_text(),tmp_path/'peers.json'
+    found = [*re.finditer(r'"(?:err|lr|ratio)": (\d)', text), *re.finditer(r'"label": "[^"\d]*(\d)', text)]
+    assert len(found)>100
+    for m in found:
+        other.write_text(text[:m.start(1)] + str((int(m[1])+1)%10) + text[m.end(1):])
+        with pytest.raises(SystemExit, match='are not those of'): main(check=True, numbers=other)
+
+def test_no_table(tmp_path):
+    page = tmp_path/'page.ipynb'
+    page.write_text('{"cells": []}')
+    with pytest.raises(SystemExit, match='has no table'): main(check=True, page=page)

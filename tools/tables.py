@@ -1,0 +1,66 @@
+"Write the tables of `benchmarks/peers.json` into `nbs/index.ipynb`, between the comments that name them; with `--check`, fail if page and numbers differ"
+import json,re,sys
+from pathlib import Path
+from statistics import median
+
+root = Path(__file__).resolve().parent.parent
+COLS = {'even':'even windows', 'short last window':'short last window', 'uneven micro-batches':'uneven micro-batches', 'both':'both', 'windows of several sizes':'windows of several sizes', 'ignored targets':'ignored targets', 'class weights':'class weights',
+        'clipped':'clipped', 'two epochs':'two epochs', 'fp16-scaled':'scaled, as for fp16', 'BatchNorm':'BatchNorm', 'one-cycle':'one-cycle: weights', 'lr':'one-cycle: lr', 'lr_find':'`lr_find`'}
+
+def table(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---']*len(head), *rows)).replace('|  |', '| |')
+def num(v): return '0' if v==0 else f'{v:.0e}'.replace('e-0', 'e-') if v<1e-3 else f'{v:.2g}'
+
+def cell(row, col):
+    if not row['exact']: return 'not run'
+    o = row['exact']['one-cycle' if col=='lr' else col]
+    if 'error' in o: return 'fails'
+    if 'none' in o: return '-'
+    if col=='lr_find': return f"{o['res']['ratio']:.2g}×"
+    return num(o['res']['lr' if col=='lr' else 'err'])
+
+def exactness(res):
+    "Relative differences from the large batch"
+    return table(['', *COLS.values()], [[r['label'], *(cell(r, c) for c in COLS)] for r in res['rows'].values()])
+
+def options(res):
+    "How each was told to accumulate"
+    return '\n'.join(f"- {r['label']}: {r['note']}" for r in res['rows'].values())
+
+def failed(res):
+    "What could not be installed, or does not run"
+    rows = res['rows'].values()
+    return '\n'.join([f"- {r['label']}: {r['error']}" for r in rows if 'error' in r] + [f"- {r['label']}, {c}: {o['error']}" for r in rows for c,o in r['exact'].items() if 'error' in o])
+
+def times(res):
+    "Time of a micro-batch and peak memory, and how often that of the loop it is"
+    rows,loop = res['rows'],res['rows']['loop']
+    probs = list(loop['secs'])
+    def secs(r, p):
+        ss = r.get('secs', {}).get(p)
+        if not ss or any(isinstance(s, dict) for s in ss): return 'not run'
+        return f"{1e3*median(ss):.3g} ms ({median(a/b for a,b in zip(ss, loop['secs'][p])):.2f})"
+    def peak(r, p):
+        o = r.get('peak_bytes', {}).get(p, {})
+        return f"{o['res']/2**20:.3g} MiB" if 'res' in o else 'not run'
+    return table(['', *probs, *(f'{p}: peak' for p in loop['peak_bytes'])], [[r['label'], *(secs(r, p) for p in probs), *(peak(r, p) for p in loop['peak_bytes'])] for r in rows.values()])
+
+def fill(
+    src:str, # The notebook's text, with `<!-- exactness -->` before its table and `<!-- /exactness -->` after it; the same for the others
+    res:dict # What is in `benchmarks/peers.json`
+)->str: # The same with the tables of `res`
+    for f in (exactness,options,failed,times):
+        pat = re.compile(rf'(<!-- {f.__name__} -->\n)(?:.*?\n)??(<!-- /{f.__name__} -->)', re.S)
+        src = pat.sub(lambda m: f'{m[1]}\n{f(res)}\n\n{m[2]}', src)
+    return src
+
+def main(check=False, page=root/'nbs/index.ipynb', numbers=root/'benchmarks/peers.json'):
+    nb,res = json.loads(page.read_text(encoding='utf-8')),json.loads(numbers.read_text())
+    old = [''.join(c['source']) for c in nb['cells']]
+    new = [fill(s, res) for s in old]
+    if check and old!=new: sys.exit(f'The tables in {page} are not those of {numbers}. `make sync` writes them: look at `git diff` and commit.')
+    if not any('<!-- exactness -->' in s for s in old): sys.exit(f'{page} has no table of {numbers}: mark its place by `<!-- exactness -->` and `<!-- /exactness -->`')
+    if old==new: return
+    for c,s in zip(nb['cells'], new): c['source'] = s.splitlines(True)
+    page.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+
+if __name__=='__main__': main(check='--check' in sys.argv[1:])
