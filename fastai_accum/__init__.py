@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError,version as _version
 try: _fastai = _version('fastai')
 except PackageNotFoundError: raise ImportError("fastai_accum extends fastai, which is not installed: `pip install fastai`") from None
 
-from .optimizer import *
-if _fastai.startswith('1.'): from .fastai1 import *
+from .optimizer import AccumulateOptimizer
+__all__ = ['AccumulateOptimizer','AccumulateStep']
+if _fastai.startswith('1.'): from .fastai1 import AccumulateStep
 else:
-    from .callback import *
-    from .microbatch import *
-    from .noise import *
-    from .check import *
+    from .callback import AccumulateStep,counts_elements
+    from .microbatch import MicroBatch
+    from .noise import NoiseScale
+    from .check import AccumulationCheck
+    __all__ += ['MicroBatch','NoiseScale','AccumulationCheck','counts_elements']

@@ -265,14 +265,14 @@ def _micro(self:MicroBatch, xb, yb, n, bs):
     preds,seen,hidden,same = [],[],[],True
     versions = [t._version for y in yb if isinstance(t := y, Tensor)]
     try:
-        with self._norms(parts) as outs, stand_in(learn, '_call_one', _Ears(learn)):
+        with self._norms(parts) as outs, stand_in(learn, '_call_one', _Ears(learn)), stand_in(learn, '_do_grad_opt', self._grad):
             for i in range(len(parts)):
                 for o,k,_,vs in along: setattr(o, k, vs[i])
                 if _nesting()<self.nest: self._autocast('before_batch')
                 win.c,win.last,win.called = None,i==len(parts)-1,None
                 if self._ddp: learn.model.require_backward_grad_sync = win.last and not self.wait
                 self.moments.micro()
-                with stand_in(learn, '_do_grad_opt', self._grad), stand_in(learn, 'model', _Answer(learn.model, outs[i]) if outs else learn.model): self.one()
+                with stand_in(learn, 'model', _Answer(learn.model, outs[i])) if outs else nullcontext(): self.one()
                 if learn.training and len(yb) and win.called is None: raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: use `AccumulateStep`")
                 preds.append(nested(_detach, learn.pred))
                 hidden.append([m.hidden for m in states])

@@ -1,10 +1,9 @@
 "Exact BatchNorm in two processes is that of each process's whole batch, as without micro-batches; this file is also what the two processes run"
-import os,subprocess,sys,time
-from datetime import timedelta
 from types import SimpleNamespace
 import pytest
 from common import *
-from test_distributed import WORLD,LIMIT,Cut,DistributedDL,DistributedDataParallelKwargs
+from processes import *
+from test_distributed import Cut
 from test_batchnorm import BN,MODELS,Res,Seen,exact,images,first_norm,stats
 from test_companions import Mixed
 
@@ -41,42 +40,10 @@ def work(c, acc, bs):
     return dict(err=err, trace=SimpleNamespace(steps=getattr(learn.trace, 'steps', []), batches=getattr(learn.trace, 'batches', [])), grads=learn.seen.grads, bufs=learn.seen.bufs,
                 end=[b.clone() for b in learn.model.buffers()], rng=torch.get_rng_state())
 
-def main(rank, path):
-    def _broadcast(self, t, rank):
-        t = LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = _broadcast # fastai's own goes through `.cuda()`
-    default_device(False)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
-    for i,(name,c) in enumerate(CASES.items()):
-        print(name, flush=True)
-        torch.save([work(c, acc(), bs) for acc,bs in zip((c.a,c.b), c.bs)], path/f'{i}.{rank}.part')
-        (path/f'{i}.{rank}.part').rename(path/f'{i}.{rank}')
-    torch.distributed.destroy_process_group()
-
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     "Run all cases in two processes; what each of them saw of one case, with `a` and with `b`"
-    path,ps = tmp_path_factory.mktemp('two'),[]
-    env = {**os.environ, 'WORLD_SIZE':str(WORLD), 'LOCAL_WORLD_SIZE':str(WORLD), 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join(sys.path), 'CUDA_VISIBLE_DEVICES':''}
-    logs = [path/f'log{r}' for r in range(WORLD)]
-    try:
-        for r in range(WORLD):
-            with open(logs[r], 'w') as f: ps.append(subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(r), str(path)], stdout=f, stderr=f,
-                                                                     env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}))
-        end = time.time()+LIMIT
-        while time.time()<end and all(p.poll() is None for p in ps): time.sleep(0.1)
-        for p in ps:
-            try: p.wait(max(0, min(5, end-time.time())))
-            except subprocess.TimeoutExpired: pass
-    finally:
-        for p in ps: p.kill(); p.wait()
-    def load(name):
-        i = list(CASES).index(name)
-        if not all((path/f'{i}.{r}').exists() for r in range(WORLD)): pytest.fail(f'rank 0 and 1 ended with {[p.returncode for p in ps]}\n' + '\n'.join(f.read_text()[-2500:] for f in logs))
-        return [torch.load(path/f'{i}.{r}', weights_only=False) for r in range(WORLD)]
-    return load
+    return in_two(__file__, tmp_path_factory.mktemp('two'), CASES)
 
 @pytest.mark.parametrize('name', SAME)
 def test_same_run(name, two):
@@ -103,4 +70,4 @@ def test_stats(name, two):
 def test_refused(name, two):
     for a,b in two(name): assert not b['trace'].steps and b['err'].startswith('ValueError') and 'take `distrib_ctx(sync_bn=False)`' in b['err']
 
-if __name__=='__main__': main(int(sys.argv[1]), Path(sys.argv[2]))
+if __name__=='__main__': work_on(CASES, lambda c: [work(c, acc(), bs) for acc,bs in zip((c.a,c.b), c.bs)])

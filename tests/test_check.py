@@ -174,6 +174,11 @@ PAIRS = {
     'random model': lambda: make(nn.Sequential(plant(gate), mlp(HALF, nn.Linear(16,16), HALF))),
     'loss normalize': lambda: make(loss=contrast, acc=AccumulateStep(N_STEP, normalize='none')),
     'model normalize': lambda: make(mlp(plant(gate)), acc=GradientAccumulation(30)),
+    'nondeterminism normalize': lambda: make(mlp(plant(unseeded)), acc=AccumulateStep(N_STEP, normalize='none')),
+    'nondeterminism loss': lambda: make(mlp(plant(unseeded)), loss=contrast),
+    'mixup normalize': lambda: make(cbs=MixUp(0.4), loss=CrossEntropyLossFlat(), dtype=F32, acc=AccumulateStep(N_STEP, normalize='none')),
+    'mixup model': lambda: make(mlp(plant(gate)), cbs=MixUp(0.4), loss=CrossEntropyLossFlat(), dtype=F32),
+    'mixup random': lambda: make(mlp(HALF, nn.Linear(16,16), HALF), cbs=MixUp(0.4), loss=CrossEntropyLossFlat(), dtype=F32),
     'batchnorm mixup': lambda: make(mlp(nn.BatchNorm1d(16)), cbs=MixUp(0.4), loss=CrossEntropyLossFlat(), dtype=F32),
     'together': lambda: make(mlp(plant(both, bn=nn.BatchNorm1d(16), drop=HALF))),
     'random': lambda: make(mlp(HALF, nn.Linear(16,16), nn.BatchNorm1d(16), HALF, nn.Linear(16,16), plant(drop_path)), acc=MicroBatch(BS, sync_bn=True), bs=32)}

@@ -1,17 +1,11 @@
 "Two processes under `distrib_ctx` against one process with the global batch; this file is also what the two processes run"
-import os,subprocess,sys,time
 from collections import Counter
-from datetime import timedelta
 from types import SimpleNamespace
 import pytest
 from common import *
+from processes import *
 
-pytest.importorskip('accelerate', reason='`distrib_ctx` needs accelerate: pip install accelerate')
-if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()): pytest.skip('torch without gloo', allow_module_level=True)
-from accelerate.utils import DistributedDataParallelKwargs
-from fastai.distributed import DistributedDL
-
-WORLD,BS,N_STEP,LIMIT = 2,4,4,120
+BS,N_STEP = 4,4
 W = torch.tensor([0.1,1,7], dtype=torch.float64)
 CE,WEIGHTED = nn.CrossEntropyLoss(),nn.CrossEntropyLoss(W)
 def counted(learn): return W[learn.y].sum()
@@ -126,7 +120,7 @@ def make(c, acc=None, loss=None, **kwargs):
     return learn
 
 # what each of the processes does
-def work(c, rank):
+def work(c):
     comm,seen = Comm(),c.seen()
     learn = make(c, c.acc(), cbs=[seen,comm], **c.kwargs)
     if c.dl: learn.dls.loaders[0] = c.dl(learn.dls.train, device='cpu')
@@ -134,42 +128,10 @@ def work(c, rank):
     rec = {k:getattr(learn.recorder, k) for k in ('lrs','iters','losses','values','metric_names','hps')} if hasattr(learn, 'recorder') else None
     return dict(steps=learn.trace.steps, batches=learn.trace.batches, ids=seen.ids, n_dl=seen.n_dl, log=comm.log, rec=rec, synced=comm.ddp.require_backward_grad_sync)
 
-def main(rank, path):
-    def _broadcast(self, t, rank):
-        t = LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = _broadcast # fastai's own goes through `.cuda()`
-    default_device(False)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
-    for i,(name,c) in enumerate({**CASES, **OTHERS}.items()):
-        print(name, flush=True)
-        torch.save(work(c, rank), path/f'{i}.{rank}.part')
-        (path/f'{i}.{rank}.part').rename(path/f'{i}.{rank}')
-    torch.distributed.destroy_process_group()
-
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     "Run all cases in two processes; what each of them saw of one case"
-    path,ps = tmp_path_factory.mktemp('two'),[]
-    env = {**os.environ, 'WORLD_SIZE':str(WORLD), 'LOCAL_WORLD_SIZE':str(WORLD), 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join(sys.path), 'CUDA_VISIBLE_DEVICES':''}
-    logs = [path/f'log{r}' for r in range(WORLD)]
-    try:
-        for r in range(WORLD):
-            with open(logs[r], 'w') as f: ps.append(subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(r), str(path)], stdout=f, stderr=f,
-                                                                     env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}))
-        end = time.time()+LIMIT
-        while time.time()<end and all(p.poll() is None for p in ps): time.sleep(0.1)
-        for p in ps:
-            try: p.wait(max(0, min(5, end-time.time())))
-            except subprocess.TimeoutExpired: pass
-    finally:
-        for p in ps: p.kill(); p.wait()
-    def load(name):
-        i = list({**CASES, **OTHERS}).index(name)
-        if not all((path/f'{i}.{r}').exists() for r in range(WORLD)): pytest.fail(f'rank 0 and 1 ended with {[p.returncode for p in ps]}\n' + '\n'.join(f.read_text()[-2500:] for f in logs))
-        return [torch.load(path/f'{i}.{r}', weights_only=False) for r in range(WORLD)]
-    return load
+    return in_two(__file__, tmp_path_factory.mktemp('two'), {**CASES, **OTHERS})
 
 class Given(DataLoader):
     "The batches of sample ids in `epochs`, whatever the length"
@@ -234,4 +196,4 @@ def test_padding(two):
     seen = [Counter(sum(r['ids'][0], [])) for r in two('padded shard sgd')]
     assert [sum(s.values()) for s in seen]==[37,37] and sorted((seen[0]+seen[1]).values())==[1]*72+[2]
 
-if __name__=='__main__': main(int(sys.argv[1]), Path(sys.argv[2]))
+if __name__=='__main__': work_on({**CASES, **OTHERS}, work)

@@ -1,11 +1,11 @@
 "`MicroBatch` in two processes under `distrib_ctx` is the plain run of these two processes; this file is also what they run"
-import gc,os,re,subprocess,sys,time
+import gc,re
 from contextlib import nullcontext
-from datetime import timedelta
 from types import SimpleNamespace
 import pytest
 from common import *
-from test_distributed import WORLD,LIMIT,W,CE,WEIGHTED,OPTS,counted,fit,stop,Comm,Cut,Extra,DistributedDL,DistributedDataParallelKwargs
+from processes import *
+from test_distributed import W,CE,WEIGHTED,OPTS,counted,fit,stop,Comm,Cut,Extra
 from test_companions import Mixed,Spoil,y_int,lm_maker
 
 BS,MICRO = 16,4
@@ -224,43 +224,10 @@ def work(c, cb):
                 rec=rec, err=err, start=start, end=flat(learn.model.parameters()), rng=torch.get_rng_state(), bs=getattr(acc, 'bs', None), auto=getattr(acc, 'auto', False),
                 found=getattr(acc, 'sizes', {}), synced=not hasattr(comm, 'ddp') or comm.ddp.require_backward_grad_sync)
 
-def main(rank, path):
-    def _broadcast(self, t, rank):
-        t = LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = _broadcast # fastai's own goes through `.cuda()`
-    default_device(False)
-    gc.freeze() # else each of the collections after an error takes as long as a case
-    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
-    for i,(name,c) in enumerate(CASES.items()):
-        print(name, flush=True)
-        torch.save([work(c, cb) for cb in (c.a, c.b)], path/f'{i}.{rank}.part')
-        (path/f'{i}.{rank}.part').rename(path/f'{i}.{rank}')
-    torch.distributed.destroy_process_group()
-
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     "Run all cases in two processes; what each of them saw of one case, with `a` and with `b`"
-    path,ps = tmp_path_factory.mktemp('two'),[]
-    env = {**os.environ, 'WORLD_SIZE':str(WORLD), 'LOCAL_WORLD_SIZE':str(WORLD), 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join(sys.path), 'CUDA_VISIBLE_DEVICES':''}
-    logs = [path/f'log{r}' for r in range(WORLD)]
-    try:
-        for r in range(WORLD):
-            with open(logs[r], 'w') as f: ps.append(subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(r), str(path)], stdout=f, stderr=f,
-                                                                     env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}))
-        end = time.time()+LIMIT
-        while time.time()<end and all(p.poll() is None for p in ps): time.sleep(0.1)
-        for p in ps:
-            try: p.wait(max(0, min(5, end-time.time())))
-            except subprocess.TimeoutExpired: pass
-    finally:
-        for p in ps: p.kill(); p.wait()
-    def load(name):
-        i = list(CASES).index(name)
-        if not all((path/f'{i}.{r}').exists() for r in range(WORLD)): pytest.fail(f'rank 0 and 1 ended with {[p.returncode for p in ps]}\n' + '\n'.join(f.read_text()[-2500:] for f in logs))
-        return [torch.load(path/f'{i}.{r}', weights_only=False) for r in range(WORLD)]
-    return load
+    return in_two(__file__, tmp_path_factory.mktemp('two'), CASES)
 
 def runs(name, two):
     "Of each process what it saw with `a` and with `b`"
@@ -331,4 +298,6 @@ def test_refusals(name, why, two):
     "No size can be found where processes can't agree on one"
     for kind,err in errors(name, two): assert kind=='ValueError' and re.search(why, err) and re.search('Pass a number that fits', err)
 
-if __name__=='__main__': main(int(sys.argv[1]), Path(sys.argv[2]))
+if __name__=='__main__':
+    gc.freeze() # else each of the collections after an error takes as long as a case
+    work_on(CASES, lambda c: [work(c, cb) for cb in (c.a, c.b)])

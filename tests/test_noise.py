@@ -1,14 +1,14 @@
 "The noise scale against gradients of plain losses, and a learner that is as it was; this file is also what two processes run"
-import os,subprocess,sys,time
 from contextlib import nullcontext
 from copy import deepcopy
-from datetime import timedelta
 import pytest
 from matplotlib import pyplot as plt
 from scipy.stats import ttest_1samp
 from common import *
+from processes import *
 from fastai_accum.noise import *
 from test_companions import Mixed,Spoil
+from test_distributed import Cut
 from test_host import Quiet
 
 W = torch.tensor([0.1,1,7], dtype=torch.float64)
@@ -466,7 +466,6 @@ def test_errors():
 
 # ---- two processes
 
-WORLD,LIMIT = 2,120
 DIST = dict(
     uneven=dict(n=71, cut=38),
     weights=dict(n=71, cut=38, loss=nn.CrossEntropyLoss(W)),
@@ -484,7 +483,6 @@ class Skip(Callback):
         if rank_distrib()==1 and not self.accumulate_step.win.last: raise CancelBatchException
 
 def work(n, cut=None, loss=CE, acc=AccumulateStep(4), bs=4, skip=False):
-    from test_distributed import Cut
     learn = learner(n, bs, acc, cbs=[NoiseScale(),Windows(),*([Skip()] if skip else [])], loss_func=loss)
     if cut: learn.dls.loaders[0] = Cut(learn.dls.train, device='cpu'); learn.dls.train.cut = cut
     steps = []
@@ -496,41 +494,15 @@ def work(n, cut=None, loss=CE, acc=AccumulateStep(4), bs=4, skip=False):
         same = before==state() and len(steps)==6
     return dict(rows=rows(learn), values=learn.noise_scale.values, windows=learn.windows.all, model=learn.model.state_dict(), found=found, same=same)
 
-def main(rank, path):
-    from fastai.distributed import DistributedDL
-    def _broadcast(self, t, rank):
-        t = LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = _broadcast # fastai's own goes through `.cuda()`
-    default_device(False)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
-    torch.save({k:work(**kw) for k,kw in DIST.items()}, path/f'{rank}.pt')
-    torch.distributed.destroy_process_group()
-
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-    "What each of two processes saw of all cases"
-    pytest.importorskip('accelerate', reason='`distrib_ctx` needs accelerate: pip install accelerate')
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()): pytest.skip('torch without gloo')
-    path,ps = tmp_path_factory.mktemp('two'),[]
-    env = {**os.environ, 'WORLD_SIZE':str(WORLD), 'LOCAL_WORLD_SIZE':str(WORLD), 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join(sys.path), 'CUDA_VISIBLE_DEVICES':''}
-    logs = [path/f'log{r}' for r in range(WORLD)]
-    try:
-        for r in range(WORLD):
-            with open(logs[r], 'w') as f: ps.append(subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(r), str(path)], stdout=f, stderr=f,
-                                                                     env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}))
-        end = time.time()+LIMIT
-        while time.time()<end and any(p.poll() is None for p in ps) and not any(p.poll() for p in ps): time.sleep(0.1)
-    finally:
-        for p in ps: p.kill(); p.wait()
-    if not all((path/f'{r}.pt').exists() for r in range(WORLD)): pytest.fail('\n'.join(f.read_text()[-2500:] for f in logs))
-    return [torch.load(path/f'{r}.pt', weights_only=False) for r in range(WORLD)]
+    "What each of two processes saw of one case"
+    return in_two(__file__, tmp_path_factory.mktemp('two'), DIST)
 
 @pytest.mark.parametrize('name', DIST)
 def test_processes(name, two):
     "What is kept of a window makes the best estimate from the norms that each process has on the way, and the global gradient's; `bs_find` takes as many steps as told and leaves learners as they were"
-    ranks,kw = [r[name] for r in two],DIST[name]
+    ranks,kw = two(name),DIST[name]
     loss = kw.get('loss', CE)
     count = (lambda y: W[y].sum()) if loss.weight is not None else ones
     model = net().double()
@@ -542,4 +514,4 @@ def test_processes(name, two):
     windows = list(zip(*(r['windows'] for r in ranks)))
     assert check(ranks[0]['rows'], windows, model, CE if loss is SUM else loss, count, ratio=name=='parts')>=4 # in parts: DDP's mean of the processes' means
 
-if __name__=='__main__': main(int(sys.argv[1]), Path(sys.argv[2]))
+if __name__=='__main__': work_on(DIST, lambda kw: work(**kw))

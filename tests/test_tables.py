@@ -1,5 +1,5 @@
 "The tables of the page are those of the measured numbers"
-import re,sys
+import json,re,sys
 from pathlib import Path
 import pytest
 
@@ -18,6 +18,15 @@ def test_digit(tmp_path):
     assert len(found)>100
     for m in found:
         other.write_text(text[:m.start(1)] + str((int(m[1])+1)%10) + text[m.end(1):])
+        with pytest.raises(SystemExit, match='are not those of'): main(check=True, numbers=other)
+
+def test_time(tmp_path):
+    "So it does for the times of any row"
+    other = tmp_path/'peers.json'
+    for k in json.loads(NUMBERS.read_text())['rows']:
+        res = json.loads(NUMBERS.read_text())
+        res['rows'][k]['secs']['tiny MLP'] = [2*s for s in res['rows'][k]['secs']['tiny MLP']]
+        other.write_text(json.dumps(res))
         with pytest.raises(SystemExit, match='are not those of'): main(check=True, numbers=other)
 
 def test_no_table(tmp_path):
