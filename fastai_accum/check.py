@@ -128,9 +128,18 @@ class _Trial:
     "Steps of a large batch and of its micro-batches, on copies of `learn` and without the causes in `off`"
     def __init__(self, learn, cb, whole, sizes, dtype, device):
         store_attr()
-        self.kept,self.w = {},None
+        self.kept,self.w,self.n = {},None,1
 
-    def fit(self, batches, off, cb=None, say=None, seed=0):
+    def fit(self, *args, **kwargs):
+        "A step, or if `n` is more than 1 the mean of so many, of which `err` is the standard error"
+        res,var = self.one(*args, **kwargs),0.
+        for k in range(1, self.n):
+            o = self.one(*args, **kwargs)
+            var += _norm(o.grads[p]-g for p,g in res.grads.items())**2*k/(k+1)/self.n/(self.n-1)
+            for g,q in zip((*res.grads.values(),*res.slopes), (*o.grads.values(),*o.slopes)): g.lerp_(q, 1/(k+1))
+        return AttrDict(res, err=math.sqrt(var))
+
+    def one(self, batches, off, cb=None, say=None, seed=0):
         learn,look,grab = _copy(self.learn, self.dtype, self.device),_Look(say),_Grab(off)
         learn.dls.loaders = [_Batches(learn.dls.train, batches)]
         if 'mixup' in off: learn.remove_cb(MixHandler)
@@ -158,14 +167,16 @@ class _Trial:
         return self.fit(_cut(self.whole, self.sizes), off, cb, say if {'normalize','loss'} & set(off) else None)
 
     def far(self, off, **kwargs):
-        "How far the two are from each other"
-        big = self.large(off)
-        d = _far(self.small(off, **kwargs), big)
-        return d if d==d else math.inf
+        "How far the two are from each other, and how much of that may be chance"
+        return self._far(self.small(off, **kwargs), self.large(off))
+
+    def _far(self, a, b):
+        d = _far(a, b)
+        return d if d==d else math.inf, 3*math.hypot(a.err, b.err)/_norm(b.grads.values())
 
     def moves(self, off, batch=None, seed=0):
         "How far the large batch is from `batch`, or from itself with another `seed`"
-        return _far(self.fit([ifnone(batch, self.whole)], off, seed=seed), self.large(off))
+        return self._far(self.fit([ifnone(batch, self.whole)], off, seed=seed), self.large(off))
 
     def weigh(self, off, tol):
         "Find what the loss of each micro-batch weighs in the large batch's; False if samples depend on each other, so that there are no such weights, and samples are counted"
@@ -194,7 +205,7 @@ _advice = dict(
 
 def _cure(t, off, tol):
     "What to do about `normalize`"
-    v = first(o for o in ('auto','samples','none') if t.far(off, normalize=o)<=tol)
+    v = first(o for o in ('auto','samples','none') if t.far(off, normalize=o)[0]<=tol)
     if v: do = f"Pass `normalize={v!r}`" if hasattr(t.cb, 'normalize') else f"Take `AccumulateStep(normalize={v!r})`"
     else: do = ("Give the loss a method `denominator(pred, *targs)` that returns what it divides by, or pass `AccumulateStep` or `MicroBatch` a function `normalize=(learn) -> denominator`; "
                 f"here their shares are {', '.join(f'{o/sum(t.w):.3g}' for o in t.w)}")
@@ -205,19 +216,26 @@ def _explain(t, a, tol):
     off,note = {'random'},[]
     if any(isinstance(m, _BatchNorm) for m in t.learn.model.modules()): off.add('batchnorm')
     if any(isinstance(cb, MixHandler) for cb in t.learn.cbs): off.add('mixup')
-    if t.moves(off-{'random'}, seed=1)<=tol: off.remove('random') # another seed makes no difference
+    if t.moves(off-{'random'}, seed=1)[0]<=tol: off.remove('random') # another seed makes no difference
     try: off |= {'normalize'} if t.weigh(off, tol) else {'normalize','loss'}
     except (RuntimeError,ValueError,TypeError,ZeroDivisionError) as e: note = [f"what the loss makes of each micro-batch could not be found: {e}"]
-    rest = t.far(off)
+    rest,err = t.far(off)
     noise = _far(t.small(), a) if rest>tol else 0. # it is in all that is left
-    least = max(rest+tol, 3*noise)
-    alone = {c:math.sqrt(v**2-rest**2) for c in off if (v := t.far(off-{c}))>least}
-    if noise>tol: alone['nondeterminism'] = noise
-    if rest>max(tol, 3*noise):
-        c = 'random' if t.moves(off, seed=1)>tol else 'model'
+    if noise>tol: # less than it is seen in the mean of several steps
+        t.n,t.kept = 16,{}
+        rest,err = t.far(off)
+    fars = {c:t.far(off-{c}) for c in off}
+    least = {c:rest+math.hypot(err, e)+tol for c,(_,e) in fars.items()}
+    alone = {c:math.sqrt(v**2-rest**2) for c,(v,_) in fars.items() if v>least[c]}
+    if noise>tol:
+        alone['nondeterminism'] = noise
+        note.append(f"what makes less than {math.sqrt(max(least.values())**2-rest**2):.1e} alone can't be told from chance, in the mean of {t.n} steps")
+    if rest>max(tol, 3*noise if 'loss' in off else err): # slopes of one step and what comes to the loss of another don't go together
+        v,e = t.moves(off, seed=1)
+        c = 'random' if v>max(tol, e) else 'model'
         alone[c] = math.hypot(alone.get(c, 0.), rest)
-    alone = dict(sorted(alone.items(), key=lambda o: -o[1])) or dict(together=t.far(()))
-    return alone,{c:_cure(t, off-{c}, least) if c=='normalize' else _advice[c] for c in alone},note
+    alone = dict(sorted(alone.items(), key=lambda o: -o[1])) or dict(together=t.far(())[0])
+    return alone,{c:_cure(t, off-{c}, least[c]) if c=='normalize' else _advice[c] for c in alone},note
 
 class AccumulationCheck:
     "How far an accumulated gradient is from that of the large batch, and why; all differences are relative"
@@ -284,7 +302,7 @@ def _check(learn, cb, whole, sizes, device, dtype, *notes):
     if any(isinstance(o, _halves) for o in learn.cbs): notes.append("mixed precision is left out")
     if not a.stepped: notes.append("it made no step: what is compared is what it keeps for a later one")
     def turned(): return t.moves({'random','mixup'}, nested(lambda o: o.flip(0) if isinstance(o, Tensor) and o.ndim else o, whole))
-    if diff>tol: tol = most if diff>most else max(tol, min(10*turned(), most))
+    if diff>tol: tol = most if diff>most else max(tol, min(10*turned()[0], most))
     if not diff<=tol: found = _explain(t, a, tol)
     elif max(bufs.values(), default=0.)>tol: notes.append("only buffers differ: something moves them in each micro-batch")
     return AccumulationCheck(str(cb), a.sizes, dtype, tol, diff, layers, bufs, abs(a.loss-b.loss)/(abs(b.loss) or 1.), *found[:2], notes+found[2])
