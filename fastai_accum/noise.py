@@ -165,6 +165,7 @@ def unchanged(
     rng,nest = get_random_states(),_nesting()
     held = [vars(o) for o in (learn, learn.dls, *learn.cbs, *learn.dls.loaders, *learn.model.modules()) if hasattr(o, '__dict__')]
     held += [v for d in held for v in d.values() if isinstance(v, (list,dict,set))]
+    held += [ix.items for dl in learn.dls.loaders if isinstance(ix := getattr(getattr(dl, 'items', None), 'idxs', None), L)] # an `LMDataLoader` shuffles its texts in place
     held = [(o, copy(o)) for o in held]
     rngs = [(v, v.getstate()) for o,_ in held if isinstance(o, dict) for v in o.values() if isinstance(v, random.Random)]
     learn.opt = deepcopy(learn.opt, {id(p):p for p,_ in gs})

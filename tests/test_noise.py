@@ -2,6 +2,7 @@
 from contextlib import nullcontext
 from copy import deepcopy
 import pytest
+from fastai.text.data import LMDataLoader
 from matplotlib import pyplot as plt
 from scipy.stats import ttest_1samp
 from common import *
@@ -367,6 +368,20 @@ def test_unchanged(name, event, exc, at):
     other.fit(1, 0.01)
     assert_same_run(other, learn, 0)
     assert (flat(learn.model.buffers())==flat(other.model.buffers())).all()
+
+def test_order_of_texts():
+    "A loader of a language model shuffles its texts in place; the next fit reads them as it would have"
+    texts = [torch.randint(20, (n,)) for n in (9,14,6,11,8,13)]
+    def learn():
+        seed()
+        dls = DataLoaders(*[LMDataLoader(texts, bs=2, seq_len=4, shuffle=s) for s in (True,False)])
+        return Learner(dls, nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 20)), loss_func=CrossEntropyLossFlat(), cbs=AccumulateStep(2))
+    a,b = learn(),learn()
+    with a.no_bar(): a.bs_find(n_it=10, show_plot=False)
+    def read(learn):
+        seed()
+        return [x.tolist() for x,_ in learn.dls.train]
+    assert read(a)==read(b)
 
 def spied(learn, f):
     "What `f(learn)` gave in each step of `bs_find`, and what that returned"
