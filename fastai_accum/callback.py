@@ -66,8 +66,9 @@ class AccumulateStep(Callback):
 
     def before_backward(self):
         targ,c = self.yb[0],loss_count(self.learn, self.normalize, self.reduction=='mean')
-        if not isinstance(c, Tensor) and c==0: raise CancelBackwardException # nothing in it counts
-        self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else self._bs)
+        if self.win.skips(c): raise CancelBackwardException
+        pred = self.pred if own_count(self.learn, self.normalize) else ()
+        self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else self._bs, pred)
         if self.ddp and self.win.last: # the one backward pass that communicates: it is to average what has its final scale
             self.win.add(self.loss)
             self.learn.loss_grad = self.loss_grad*self._pool()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'check_denominator', 'target_count', 'denominator', 'n_samples', 'loss_count',
-           'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window', 'rescale',
-           'reduce_grads', 'stand_in', 'Turn']
+           'own_count', 'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window',
+           'rescale', 'reduce_grads', 'stand_in', 'Turn']
 
 # %% ../nbs/00_core.ipynb #f7f64f7c
 import math,torch
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from numbers import Integral,Real
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 # %% ../nbs/00_core.ipynb #32af4808
 def loss_option(
@@ -36,12 +37,12 @@ def check_denominator(
 ): # `c`; a number for a tensor in which `zero` may not be
     "`c` if it can be a denominator, else a `ValueError`; what is on an accelerator is not looked into, as that would make the host wait"
     one = isinstance(c, torch.Tensor) and c.numel()==1
-    if one and (zero or c.device.type!='cpu'): return c.reshape(())
+    if one and c.device.type!='cpu': return c.reshape(())
     v = c.item() if one else c
     if isinstance(v, bool) or not isinstance(v, Real) or not (0 < v < math.inf or zero and v==0):
         raise ValueError(f"{name} returned {c!r}: return one positive finite number, what the mean loss of the micro-batch "
                          "divides by (its samples, or its targets that count)")
-    return v
+    return c.reshape(()) if one and zero else v
 
 # %% ../nbs/00_core.ipynb #d83364d6
 _counts_targets = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
@@ -106,6 +107,13 @@ def loss_count(
     if callable(normalize): return check_denominator(normalize(learn))
     c = denominator(learn.loss_func, learn.pred, *learn.yb) if normalize=='auto' and mean else None
     return n_samples(learn.yb, learn.xb) if c is None else c
+
+def own_count(
+    learn, # A `Learner`
+    normalize # As in `loss_count`
+)->bool:
+    "Is it the user who says what a micro-batch weighs? PyTorch's losses have no nan in their gradient where nothing counts"
+    return callable(normalize) or loss_option(learn.loss_func, 'denominator') is not None
 
 def doubt(
     loss_func, # A loss
@@ -186,13 +194,24 @@ class Window:
         self.c,self.last,self.closed = None,False,False # of the current micro-batch: its denominator, is it the last; is the window done
         self.pooled,self.reduced = False,False # with several processes: are the totals those of all, are the gradients
 
+    def skips(self,
+        c # The denominator of a micro-batch
+    ):
+        "Is there nothing to differentiate, as nothing counts? If that is so in all of a window, there is: momentum and weight decay act with a gradient of 0"
+        return not isinstance(c, torch.Tensor) and c==0 and (self.count>0 or not self.last)
+
     def weigh(self,
         loss, # The loss of a micro-batch
         c, # Its denominator
-        expect=None # A number in place of `c`, to guess from what the window will count, if `c` is a tensor
+        expect=None, # A number in place of `c`, to guess from what the window will count, if `c` is a tensor
+        pred=() # What the loss was computed from, to which no gradient is to come if `c` is 0, as that may be nan
     ):
         "`loss` as it is to be differentiated, `c` times over what the whole window is expected to count"
         if self.reduction=='none': c = self.ref = 1
+        if not isinstance(c, torch.Tensor) and c==0: c,self.ref = torch.zeros_like(loss, requires_grad=False),1
+        if isinstance(c, torch.Tensor):
+            for o in tree_leaves(pred):
+                if isinstance(o, torch.Tensor) and o.requires_grad: o.register_hook(lambda g: g.masked_fill(c==0, 0))
         if isinstance(c, torch.Tensor): c = c.to(torch.promote_types(loss.dtype, torch.float32))
         else: expect = c
         if self.ref is None: self.ref = self.n*expect

@@ -60,8 +60,9 @@ class AccumulateStep(LearnerCallback):
         c = denominator(self.learn.loss_func, last_output, *targs) if self.normalize=='auto' and self.reduction=='mean' else None
         if callable(self.normalize): c = check_denominator(self.normalize(self.learn))
         c = bs if c is None else c
-        if not isinstance(c, Tensor) and c==0: return {'skip_bwd':True}
-        return {'last_loss':self.win.weigh(last_loss, c, targs[0].numel() if isinstance(targs[0], Tensor) else bs)}
+        if self.win.skips(c): return {'skip_bwd':True}
+        pred = last_output if own_count(self.learn, self.normalize) else ()
+        return {'last_loss':self.win.weigh(last_loss, c, targs[0].numel() if isinstance(targs[0], Tensor) else bs, pred)}
 
     def on_backward_end(self, skip_bwd, **kwargs):
         if not skip_bwd: self.win.add(self.loss)

@@ -311,14 +311,12 @@ def _grad(self:MicroBatch):
     learn,win = self.learn,self.win
     c,n = loss_count(learn, self.normalize, win.reduction=='mean'),n_samples(learn.yb, learn.xb)
     win.called = c
-    if not isinstance(c, Tensor) and c==0: # nothing in it counts, but momentum and weight decay act with a gradient of 0
-        c = win.called = torch.zeros_like(learn.loss)
-        if win.ref is not None or not win.last: return
-        win.ref = 1
+    if not isinstance(c, Tensor) and c==0: win.called = torch.zeros_like(learn.loss)
+    if win.skips(c): return
     if win.ref is None:
         if self.total is not None: win.ref = self.total + (self.total==0)
         elif not isinstance(c, Tensor): win.ref = c*self.n/n
-    learn.loss_grad = win.weigh(learn.loss_grad, c, n)
+    learn.loss_grad = win.weigh(learn.loss_grad, c, n, learn.pred if own_count(learn, self.normalize) else ())
     self.back = learn._backward
     with nullcontext() if self.pending is None else stand_in(learn, '_backward', self._later): learn._with_events(learn._backward, 'backward', CancelBackwardException)
 

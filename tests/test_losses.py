@@ -124,6 +124,26 @@ def test_declared_denominator(loss):
     y[6:9] = float('nan') # one micro-batch without any
     assert_same_run(*both(loss, y, shuffle=False), 1e-12)
 
+class MaskedMean(nn.Module):
+    "As it is often written: where nothing counts, loss and gradient are nan, unless it is `safe`"
+    def __init__(self, count, safe=False): super().__init__(); self.count,self.safe = count,safe
+    def forward(self, pred, targ):
+        mask = ~targ.isnan()
+        return ((pred-targ.nan_to_num())**2*mask).sum()/mask.sum().clamp(min=1 if self.safe else 0)
+    def denominator(self, pred, targ): return self.count((~targ.isnan()).sum())
+
+@pytest.mark.parametrize('nothing', ((6,9), (9,12), (0,12), (24,36)), ids=str)
+@pytest.mark.parametrize('count', (noop,int), ids=('tensor','int'))
+@pytest.mark.parametrize('acc,bs', ((AccumulateStep(N_STEP),BS), (MicroBatch(BS),BS*N_STEP)), ids=str)
+def test_nan_where_nothing_counts(acc, bs, count, nothing):
+    "Micro-batches, or windows, in which nothing counts leave no nan behind; if it is all of a window, weight decay acts as with a gradient of 0"
+    y = values.masked_fill(torch.rand(values.shape, generator=g)<0.5, float('nan'))
+    y[slice(*nothing)] = float('nan')
+    large,small = (run(learner(N, *o, data=(X,y), loss_func=MaskedMean(count, safe), opt_func=partial(Adam, wd=0.1), shuffle=False), lambda l: l.fit_one_cycle(2, 0.02))
+                   for safe,o in ((True,(BS*N_STEP,)), (False,(bs,deepcopy(acc)))))
+    assert large.trace.steps[-1]['weights'].isfinite().all()
+    assert_same_run(large, small, 1e-12)
+
 def test_variable_lengths():
     "Micro-batches of sequences of different lengths count their elements; the large batch has them padded, and its loss leaves the padding out"
     lens = [2,7,1,5,3,9,4,6,2,8,3,5,1,7,4,2,6,3]
@@ -177,7 +197,7 @@ def test_a_part_that_sums():
     with pytest.warns(UserWarning, match='Combined.*has a part that sums'): both(Combined('sum'), y, (C,4,4))
     assert_same_run(*both(Combined('mean'), y, (C,4,4)), 1e-6)
 
-@pytest.mark.parametrize('bad', (-4, float('nan'), None, torch.ones(3)), ids=str)
+@pytest.mark.parametrize('bad', (-4, float('nan'), None, torch.ones(3), torch.tensor(-4.), torch.tensor([float('nan')])), ids=str)
 def test_bad_declared_denominator(bad):
     class Bad(nn.MSELoss):
         def denominator(self, pred, targ): return bad
