@@ -477,7 +477,7 @@ def texts(acc=None):
     return l
 def test_text_classifier_learner():
     "Each text is read in pieces by a layer with a state of its own"
-    _,small = same(mk=texts, fit=lambda l: l.fit(2, 0.1))
+    _,small = same(mk=texts, fit=lambda l: l.fit(2, 0.03)) # a larger one magnifies rounding, on some processors above 1e-12
     assert len(norms(small.model))==2
 
 def test_GANLearner():
