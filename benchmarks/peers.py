@@ -1,8 +1,9 @@
 """How exact `AccumulateStep`, `MicroBatch` and their peers are, how long they take and how much memory they need: the same model, data, seed and optimizer for all.
 Each peer runs in a process of its own (`peers/with_*.py`), and in an environment of its own where `peers/install.sh` had to make one. They take turns: only one computes at a time.
-Numbers go to a JSON file, tables are made from that by `tools/tables.py`."""
-import json,os,platform,random,subprocess,sys,tempfile,time
+Numbers go to a JSON file and a picture, tables are made from the numbers by `tools/tables.py`."""
+import json,os,platform,random,re,subprocess,sys,tempfile,time
 from pathlib import Path
+from statistics import median
 from fastcore.script import call_parse
 
 here = Path(__file__).resolve().parent
@@ -25,6 +26,7 @@ PEERS = dict(
     fastai_accum=('fastai_accum', [('AccumulateStep', '**fastai_accum `AccumulateStep`**', '`n_step`'), ('MicroBatch', '**fastai_accum `MicroBatch`**', '`bs`; `sync_bn=True` in the column for BatchNorm')]))
 CASES = ('even', 'short last window', 'uneven micro-batches', 'both', 'windows of several sizes', 'ignored targets', 'class weights', 'clipped', 'two epochs', 'fp16-scaled', 'BatchNorm', 'one-cycle', 'lr_find')
 TIMED = 'tiny MLP','small ResNet','small transformer'
+GROW,WINDOWS = [2**i for i in range(7)],dict(zip(TIMED, (8,2))) # micro-batches of a batch of 64 in the picture; batches in an epoch, after a first one that is not timed
 
 class Peer:
     "A process that answers requests, see `serve` in `peers/problem.py`"
@@ -56,12 +58,32 @@ def machine():
     cpu = [l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')] if Path('/proc/cpuinfo').exists() else []
     return f"{cpu[0] if cpu else platform.processor()} ({platform.machine()}), {os.cpu_count()} cores, one thread; Python {platform.python_version()}"
 
+def draw(res, path):
+    "Time and peak memory of a batch of 64, over the number of micro-batches that it is computed in"
+    from matplotlib import pyplot as plt
+    plt.rc('axes.spines', top=False, right=False)
+    fig,axs = plt.subplots(1, 3, figsize=(12.5,4.2), layout='constrained')
+    ours = dict(AccumulateStep=dict(c='k', ls='--', lw=2, zorder=5), MicroBatch=dict(c='k', lw=2, zorder=5))
+    for i,(k,row) in enumerate((k,r) for k,r in res['rows'].items() if 'growth' in r):
+        kw = dict(label=re.sub(r'[*`]', '', row['label']), **ours.get(k, dict(c=plt.cm.tab20(i), lw=1.2, marker='.')))
+        for ax,(p,what,unit) in zip(axs, (('tiny MLP','secs',1e-3), ('small ResNet','secs',1e-3), ('small ResNet','peak_bytes',2**20))):
+            pts = [(o['n'], (median(o[what]) if what=='secs' else o[what])/unit) for o in row['growth'][p] if o[what]]
+            if pts: ax.plot(*zip(*pts), **kw)
+            ax.set(title=f"{p}: {'ms a batch' if what=='secs' else 'peak MiB'}", xlabel='micro-batches of a batch of 64', xscale='log')
+            ax.set_xticks(GROW, GROW), ax.xaxis.set_minor_locator(plt.NullLocator())
+    for ax,ticks in zip(axs, ([1,2,5,10,20,50,100],[75,100,150,200,300])): ax.set(yscale='log'), ax.set_yticks(ticks, ticks), ax.yaxis.set_minor_locator(plt.NullLocator())
+    axs[2].set_ylim(0)
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8)
+    fig.savefig(path, dpi=80)
+
 @call_parse
 def main(
     repeats:int=10, # Epochs timed for each, in turns of random order; medians are shown. 0 leaves time and memory as they are in `out`
+    grow_repeats:int=3, # The same for each number of micro-batches in the picture
     warm:int=2, # Turns before these
     envs:str='.venv-bench', # Environment of the peers; one of a peer's own is beside it, as `.venv-bench-composer`
-    out:str='benchmarks/peers.json' # The numbers
+    out:str='benchmarks/peers.json', # The numbers
+    picture:str='nbs/images/growth.png' # How time and memory grow
 ):
     out,envs,rows,peers = Path(out),Path(envs).absolute(),{},{}
     for name,(_,labels) in PEERS.items():
@@ -76,7 +98,7 @@ def main(
     res = dict(date=time.strftime('%Y-%m-%d'), machine=machine(), repeats=repeats, rows=rows)
     if not repeats and out.exists():
         old = json.loads(out.read_text())
-        for k,row in old['rows'].items(): rows[k].update({o:row[o] for o in ('secs','peak_bytes') if o in row and 'error' not in rows[k]})
+        for k,row in old['rows'].items(): rows[k].update({o:row[o] for o in ('secs','peak_bytes','growth') if o in row and 'error' not in rows[k]})
         res['repeats'] = old['repeats']
     if repeats:
         alive = [k for k,row in rows.items() if 'error' not in row]
@@ -87,6 +109,14 @@ def main(
                     s = peers[rows[k]['peer']]('time', k, p)
                     if i>=warm: rows[k]['secs'].setdefault(p, []).append(s.get('res', s))
             print(f'{p}: timed', flush=True)
+        for k in alive: rows[k]['growth'] = {p:[dict(n=n, secs=[], peak_bytes=peers[rows[k]['peer']]('memory', k, p, 2, n, GROW[-1]//n).get('res')) for n in GROW] for p in WINDOWS}
+        for p,w in WINDOWS.items():
+            for _ in range(grow_repeats):
+                for k,i in random.sample([(k,i) for k in alive for i in range(len(GROW))], len(alive)*len(GROW)):
+                    s = peers[rows[k]['peer']]('time', k, p, w+1, n := GROW[i], GROW[-1]//n)
+                    if 'res' in s: rows[k]['growth'][p][i]['secs'].append(n*s['res'])
+            print(f'{p}: growth measured', flush=True)
     for p in peers.values(): p.close()
     out.write_text(json.dumps(res, indent=1)+'\n')
+    draw(res, picture)
     print(f"\n{res['machine']}, {res['date']}\n\n{exactness(res)}\n\n{options(res)}\n{failed(res)}\n\n{times(res)}\n\nnumbers in {out}")

@@ -1,15 +1,15 @@
-"The tables of the page are those of the measured numbers"
+"The tables of the pages are those of the measured numbers"
 import json,re,sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
-from tables import main
+from tables import PAGES,main
 
 NUMBERS = ROOT/'benchmarks/peers.json'
 
-def test_page(): main(check=True)
+def test_pages(): main(check=True)
 
 def test_digit(tmp_path):
     "A digit of any error, or of a version, and the check fails"
@@ -29,7 +29,7 @@ def test_time(tmp_path):
         other.write_text(json.dumps(res))
         with pytest.raises(SystemExit, match='are not those of'): main(check=True, numbers=other)
 
-def test_no_table(tmp_path):
-    page = tmp_path/'page.ipynb'
-    page.write_text('{"cells": []}')
-    with pytest.raises(SystemExit, match='has no table'): main(check=True, page=page)
+@pytest.mark.parametrize('page', PAGES)
+def test_no_table(tmp_path, page):
+    for p in PAGES: (tmp_path/p).write_text((ROOT/'nbs'/p).read_text() if p!=page else '{"cells": []}')
+    with pytest.raises(SystemExit, match=f'{page} has no table'): main(check=True, pages=tmp_path)

@@ -1,4 +1,4 @@
-"Write the tables of `benchmarks/peers.json` into `nbs/index.ipynb`, between the comments that name them; with `--check`, fail if page and numbers differ"
+"Write the tables of `benchmarks/peers.json` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
 import json,re,sys
 from pathlib import Path
 from statistics import median
@@ -6,6 +6,9 @@ from statistics import median
 root = Path(__file__).resolve().parent.parent
 COLS = {'even':'even windows', 'short last window':'short last window', 'uneven micro-batches':'uneven micro-batches', 'both':'both', 'windows of several sizes':'windows of several sizes', 'ignored targets':'ignored targets', 'class weights':'class weights',
         'clipped':'clipped', 'two epochs':'two epochs', 'fp16-scaled':'scaled, as for fp16', 'BatchNorm':'BatchNorm', 'one-cycle':'one-cycle: weights', 'lr':'one-cycle: lr', 'lr_find':'`lr_find`'}
+
+FEW = 'even','short last window','uneven micro-batches','ignored targets','class weights','BatchNorm','lr','lr_find'
+PAGES = {'index.ipynb':['summary'], 'benchmarks.ipynb':['where','exactness','options','failed','times']} # and the tables that each has
 
 def table(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---']*len(head), *rows)).replace('|  |', '| |')
 def num(v): return '0' if v==0 else f'{v:.0e}'.replace('e-0', 'e-') if v<1e-3 else f'{v:.2g}'
@@ -18,9 +21,15 @@ def cell(row, col):
     if col=='lr_find': return f"{o['res']['ratio']:.2g}×"
     return num(o['res']['lr' if col=='lr' else 'err'])
 
-def exactness(res):
+def exactness(res, cols=tuple(COLS)):
     "Relative differences from the large batch"
-    return table(['', *COLS.values()], [[r['label'], *(cell(r, c) for c in COLS)] for r in res['rows'].values()])
+    return table(['', *(COLS[c] for c in cols)], [[r['label'], *(cell(r, c) for c in cols)] for r in res['rows'].values()])
+
+def summary(res): return exactness(res, FEW)
+
+def where(res):
+    "When, where and with what"
+    return f"{res['date']}, {res['machine']}, torch {res['rows']['loop']['torch'].split('+')[0]} where a row does not say another. Times are medians of {res['repeats']} epochs of each in random turn."
 
 def options(res):
     "How each was told to accumulate"
@@ -29,7 +38,7 @@ def options(res):
 def failed(res):
     "What could not be installed, or does not run"
     rows = res['rows'].values()
-    return '\n'.join([f"- {r['label']}: {r['error']}" for r in rows if 'error' in r] + [f"- {r['label']}, {c}: {o['error']}" for r in rows for c,o in r['exact'].items() if 'error' in o])
+    return '\n'.join([f"- {r['label']}: {r['error']}" for r in rows if 'error' in r] + [f"- {r['label']}, {c}: {o['error']}" for r in rows for c,o in r['exact'].items() if 'error' in o]) or 'None.'
 
 def times(res):
     "Time of a micro-batch and peak memory, and how often that of the loop it is"
@@ -48,19 +57,23 @@ def fill(
     src:str, # The notebook's text, with `<!-- exactness -->` before its table and `<!-- /exactness -->` after it; the same for the others
     res:dict # What is in `benchmarks/peers.json`
 )->str: # The same with the tables of `res`
-    for f in (exactness,options,failed,times):
+    for f in (summary,where,exactness,options,failed,times):
         pat = re.compile(rf'(<!-- {f.__name__} -->\n)(?:.*?\n)??(<!-- /{f.__name__} -->)', re.S)
         src = pat.sub(lambda m: f'{m[1]}\n{f(res)}\n\n{m[2]}', src)
     return src
 
-def main(check=False, page=root/'nbs/index.ipynb', numbers=root/'benchmarks/peers.json'):
-    nb,res = json.loads(page.read_text(encoding='utf-8')),json.loads(numbers.read_text())
-    old = [''.join(c['source']) for c in nb['cells']]
-    new = [fill(s, res) for s in old]
-    if check and old!=new: sys.exit(f'The tables in {page} are not those of {numbers}. `make sync` writes them: look at `git diff` and commit.')
-    if not any('<!-- exactness -->' in s for s in old): sys.exit(f'{page} has no table of {numbers}: mark its place by `<!-- exactness -->` and `<!-- /exactness -->`')
-    if old==new: return
-    for c,s in zip(nb['cells'], new): c['source'] = s.splitlines(True)
-    page.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json'):
+    res = json.loads(numbers.read_text())
+    for name,tables in PAGES.items():
+        page = pages/name
+        nb = json.loads(page.read_text(encoding='utf-8'))
+        old = [''.join(c['source']) for c in nb['cells']]
+        new = [fill(s, res) for s in old]
+        for t in tables:
+            if not any(f'<!-- {t} -->\n' in s and f'<!-- /{t} -->' in s for s in old): sys.exit(f'{page} has no table of {numbers}: mark its place by `<!-- {t} -->` and `<!-- /{t} -->`')
+        if old==new: continue
+        if check: sys.exit(f'The tables in {page} are not those of {numbers}. `make sync` writes them: look at `git diff` and commit.')
+        for c,s in zip(nb['cells'], new): c['source'] = s.splitlines(True)
+        page.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 
 if __name__=='__main__': main(check='--check' in sys.argv[1:])

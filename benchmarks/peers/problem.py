@@ -62,10 +62,10 @@ class Sizes:
 class Problem:
     """Model, loss, data and options of a run, and what its optimizer did. `how`: the loader gives the 'whole' batch, or 'micro'-batches of which `n_acc` make a step, or the whole batch
     that is to be 'split' into micro-batches of at most `micro` samples"""
-    def __init__(self, how, x, y, model, sizes=EVEN, epochs=1, lr=0.1, weight=None, clip=None, scaled=False, one_cycle=False):
+    def __init__(self, how, x, y, model, sizes=EVEN, n_acc=N_ACC, epochs=1, lr=0.1, weight=None, clip=None, scaled=False, one_cycle=False):
         self.how,self.x,self.y,self.model,self.sizes,self.epochs,self.lr,self.clip,self.scaled,self.one_cycle = how,x,y,model,sizes,epochs,lr,clip,scaled,one_cycle
-        self.n_acc,self.micro,self.lrs,self.times = N_ACC if how=='micro' else 1,max(sizes) if how=='split' else None,[],[]
-        self.wholes = [sum(sizes[i:i+N_ACC]) for i in range(0, len(sizes), N_ACC)]
+        self.n_acc,self.micro,self.lrs,self.times = n_acc if how=='micro' else 1,max(sizes) if how=='split' else None,[],[]
+        self.wholes = [sum(sizes[i:i+n_acc]) for i in range(0, len(sizes), n_acc)]
         self.bs = max(self.wholes)
         self.weight = None if weight is None else torch.tensor(weight, dtype=x.dtype)
         self.loss = nn.CrossEntropyLoss(weight=self.weight)
@@ -103,12 +103,12 @@ def exact(case, how):
     y = targets(x)
     return Problem(how, x, some_ignored(y) if ignore else y, mk().to(dtype), **kw)
 
-def timed(name, how, windows=None):
-    "A problem of the tables of time and memory"
+def timed(name, how, windows=None, n_acc=N_ACC, bs=8):
+    "A problem of the tables of time and memory, or of the picture of growth: windows of `n_acc` micro-batches of `bs` samples"
     mk,xs,n = TIMED[name]
     torch.manual_seed(0)
-    n = (windows or n)*32
-    return Problem(how, xs(n), torch.arange(n)%10, mk(), sizes=[8]*4, lr=1e-3)
+    n = (windows or n)*n_acc*bs
+    return Problem(how, xs(n), torch.arange(n)%10, mk(), sizes=[bs]*n_acc, n_acc=n_acc, lr=1e-3)
 
 def loop(p):
     "Divide the loss by N, step every N micro-batches"
@@ -141,18 +141,18 @@ def measure_exact(row, case):
     if base.one_cycle and res['steps']==res['steps_whole']: res['lr'] = max(abs(a-b) for a,b in zip(whole.lrs, micro.lrs))/max(whole.lrs)
     return res
 
-def measure_time(row, name):
+def measure_time(row, name, *args):
     "Seconds per micro-batch, between the first step of an epoch and its last"
-    p = timed(name, row['how'])
+    p = timed(name, row['how'], *args)
     gc.collect()
     row['train'](p)
-    return (p.times[-1]-p.times[0])/(4*(len(p.times)-1))
+    return (p.times[-1]-p.times[0])/(len(p.sizes)*(len(p.times)-1))
 
-def measure_memory(row, name):
+def measure_memory(row, name, windows=2, *args):
     "Bytes at the peak of two windows, from the making of the model on: the largest sum of what torch's allocator had given out and not got back"
     from torch.profiler import ProfilerActivity,profile
     gc.collect() # what is freed meanwhile is to be the run's own
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: row['train'](timed(name, row['how'], 2))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: row['train'](timed(name, row['how'], windows, *args))
     with tempfile.TemporaryDirectory() as d:
         prof.export_chrome_trace(f'{d}/trace.json')
         events = [o for o in json.loads(Path(f'{d}/trace.json').read_text())['traceEvents'] if o.get('name')=='[memory]']
@@ -168,10 +168,10 @@ def serve(dist, **rows):
     say(version=version(dist), torch=torch.__version__)
     do = dict(exact=measure_exact, time=measure_time, memory=measure_memory)
     for line in sys.stdin:
-        what,key,arg = json.loads(line)
+        what,key,*args = json.loads(line)
         try:
             random.seed(0)
-            say(res=do[what](rows[key], arg))
+            say(res=do[what](rows[key], *args))
         except NotImplementedError as e: say(none=str(e))
         except BaseException as e: say(error=f'{type(e).__name__}: {" ".join(str(e).split())}'[:200])
 
