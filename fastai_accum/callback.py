@@ -67,7 +67,7 @@ class AccumulateStep(Callback):
     def before_backward(self):
         targ,c = self.yb[0],loss_count(self.learn, self.normalize, self.reduction=='mean')
         if self.win.skips(c): raise CancelBackwardException
-        pred = self.pred if own_count(self.learn, self.normalize) else ()
+        pred = self.pred if loss_option(self.learn.loss_func, 'denominator') else ()
         self.learn.loss_grad = self.win.weigh(self.loss_grad, c, targ.numel() if isinstance(targ, Tensor) else self._bs, pred)
         if self.ddp and self.win.last: # the one backward pass that communicates: it is to average what has its final scale
             self.win.add(self.loss)

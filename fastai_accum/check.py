@@ -168,15 +168,15 @@ class _Trial:
 
     def far(self, off, **kwargs):
         "How far the two are from each other, and how much of that may be chance"
-        return self._far(self.small(off, **kwargs), self.large(off))
+        return self._apart(self.small(off, **kwargs), self.large(off))
 
-    def _far(self, a, b):
+    def _apart(self, a, b):
         d = _far(a, b)
         return d if d==d else math.inf, 3*math.hypot(a.err, b.err)/_norm(b.grads.values())
 
     def moves(self, off, batch=None, seed=0):
         "How far the large batch is from `batch`, or from itself with another `seed`"
-        return self._far(self.fit([ifnone(batch, self.whole)], off, seed=seed), self.large(off))
+        return self._apart(self.fit([ifnone(batch, self.whole)], off, seed=seed), self.large(off))
 
     def weigh(self, off, tol):
         "Find what the loss of each micro-batch weighs in the large batch's; False if samples depend on each other, so that there are no such weights, and samples are counted"

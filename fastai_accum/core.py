@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'check_denominator', 'target_count', 'denominator', 'n_samples', 'loss_count',
-           'own_count', 'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window',
-           'rescale', 'reduce_grads', 'stand_in', 'Turn']
+           'doubt', 'check_choice', 'check_normalize', 'check_size', 'window_size', 'check_args', 'Window', 'rescale',
+           'reduce_grads', 'stand_in', 'Turn']
 
 # %% ../nbs/00_core.ipynb #f7f64f7c
 import math,torch
@@ -108,13 +108,6 @@ def loss_count(
     c = denominator(learn.loss_func, learn.pred, *learn.yb) if normalize=='auto' and mean else None
     return n_samples(learn.yb, learn.xb) if c is None else c
 
-def own_count(
-    learn, # A `Learner`
-    normalize # As in `loss_count`
-)->bool:
-    "Is it the user who says what a micro-batch weighs? PyTorch's losses have no nan in their gradient where nothing counts"
-    return callable(normalize) or loss_option(learn.loss_func, 'denominator') is not None
-
 def doubt(
     loss_func, # A loss
     cbs=() # Callbacks beside it
@@ -204,7 +197,7 @@ class Window:
         loss, # The loss of a micro-batch
         c, # Its denominator
         expect=None, # A number in place of `c`, to guess from what the window will count, if `c` is a tensor
-        pred=() # What the loss was computed from, to which no gradient is to come if `c` is 0, as that may be nan
+        pred=() # What a loss was computed from that may have nan in its gradient if `c` is 0; PyTorch's have none
     ):
         "`loss` as it is to be differentiated, `c` times over what the whole window is expected to count"
         if self.reduction=='none': c = self.ref = 1

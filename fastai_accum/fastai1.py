@@ -61,7 +61,7 @@ class AccumulateStep(LearnerCallback):
         if callable(self.normalize): c = check_denominator(self.normalize(self.learn))
         c = bs if c is None else c
         if self.win.skips(c): return {'skip_bwd':True}
-        pred = last_output if own_count(self.learn, self.normalize) else ()
+        pred = last_output if loss_option(self.learn.loss_func, 'denominator') else ()
         return {'last_loss':self.win.weigh(last_loss, c, targs[0].numel() if isinstance(targs[0], Tensor) else bs, pred)}
 
     def on_backward_end(self, skip_bwd, **kwargs):

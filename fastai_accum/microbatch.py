@@ -316,7 +316,7 @@ def _grad(self:MicroBatch):
     if win.ref is None:
         if self.total is not None: win.ref = self.total + (self.total==0)
         elif not isinstance(c, Tensor): win.ref = c*self.n/n
-    learn.loss_grad = win.weigh(learn.loss_grad, c, n, learn.pred if own_count(learn, self.normalize) else ())
+    learn.loss_grad = win.weigh(learn.loss_grad, c, n, learn.pred if loss_option(learn.loss_func, 'denominator') else ())
     self.back = learn._backward
     with nullcontext() if self.pending is None else stand_in(learn, '_backward', self._later): learn._with_events(learn._backward, 'backward', CancelBackwardException)
 
