@@ -87,6 +87,22 @@ def test_ignored_targets():
     for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
     assert_same(large, small)
 
+class Masked(nn.Module):
+    "0/0 where nothing counts, unless it is `safe`"
+    def __init__(self, count, safe=False): super().__init__(); self.count,self.safe = count,safe
+    def forward(self, pred, y): return (nn.functional.cross_entropy(pred, y, reduction='none')*(y!=1)).sum()/(y!=1).sum().clamp(min=int(self.safe))
+    def denominator(self, pred, y): return self.count((y!=1).sum())
+
+@pytest.mark.parametrize('share', (0.6,0.95)) # micro-batches, and windows, in which nothing counts
+@pytest.mark.parametrize('count', (lambda n: n, int), ids=('tensor','int'))
+def test_nan_where_nothing_counts(count, share):
+    "No nan is left behind, and weight decay acts"
+    x,y = problem(73+16)
+    y = y.masked_fill(torch.rand(len(y), generator=torch.Generator().manual_seed(1))<share, 1)
+    large,small = (learner(73, bs, acc, Masked(count, safe), data=(x,y), wd=0.1) for bs,acc,safe in ((16,None,True), (BS,acc4,False)))
+    for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
+    assert_same(large, small)
+
 def test_flat_loss():
     "fastai's own loss, at its precision"
     large,small = learner(73, 16, loss=CrossEntropyFlat()),learner(73, BS, acc4, CrossEntropyFlat(reduction='sum'))
