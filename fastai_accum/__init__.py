@@ -14,7 +14,7 @@ from .optimizer import AccumulateOptimizer
 __all__ = ['AccumulateOptimizer','AccumulateStep']
 if _fastai.startswith('1.'): from .fastai1 import AccumulateStep
 else:
-    from .callback import AccumulateStep,counts_elements
+    from .accumulate import AccumulateStep,counts_elements
     from .microbatch import MicroBatch
     from .noise import NoiseScale
     from .check import AccumulationCheck

@@ -15,7 +15,8 @@ from fastai.vision.gan import GANLearner
 import test_oom as oom
 from test_oom import little_garbage
 from fastai_accum import batchnorm,microbatch
-from fastai_accum.batchnorm import Lane,Offload,joint_batch_norm,jointly,lockstep
+from fastai_accum.batchnorm import Offload,joint_batch_norm,jointly
+from fastai_accum.lockstep import LockstepThread,lockstep,meet
 from test_companions import Mixed,Spoil,gan_maker,images,skipped,words,y_int,GAN_LOSSES
 from common import *
 
@@ -34,7 +35,7 @@ OLD = set()
 def threads_of_others():
     "What a test that fails leaves behind is no failure of those that follow"
     OLD.update(lanes())
-def lanes(): return [t for t in threading.enumerate() if isinstance(t, Lane) and t not in OLD]
+def lanes(): return [t for t in threading.enumerate() if isinstance(t, LockstepThread) and t not in OLD]
 
 class Seen(Callback):
     "Gradients before every step, buffers after every batch"
@@ -594,7 +595,7 @@ def test_order():
     "One after the other to each meeting, in turn"
     log = []
     def f(i):
-        for j in range(3): log.append((j,i)); assert Lane.here.lane.meet((i,j))==10*i+j
+        for j in range(3): log.append((j,i)); assert meet((i,j))==10*i+j
         return i
     assert lockstep([partial(f, i) for i in range(3)], lambda met: [10*i+j for i,j in met])==[0,1,2]
     assert log==sorted(log) and not lanes()

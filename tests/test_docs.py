@@ -13,9 +13,9 @@ from links import broken,broken_site,slug
 def test_links(): assert broken(root)==[]
 
 @pytest.mark.parametrize('file,old,new,why', [
-    ('nbs/02_callback.ipynb', '](06_microbatch.ipynb)', '](06_microbatches.ipynb)', 'nbs/02_callback.ipynb: 06_microbatches.ipynb is not there'),
+    ('nbs/09_accumulate.ipynb', '](10_microbatch.ipynb)', '](06_microbatches.ipynb)', 'nbs/09_accumulate.ipynb: 06_microbatches.ipynb is not there'),
     ('nbs/limits.ipynb', '#what-each-way-costs', '#what-it-costs', 'nbs/limits.ipynb: why_different.ipynb#what-it-costs: no such heading'),
-    ('nbs/02_callback.ipynb', '## What cannot be equal', '## What can not be equal', 'nbs/limits.ipynb: 02_callback.ipynb#what-cannot-be-equal: no such heading'),
+    ('nbs/09_accumulate.ipynb', '## What cannot be equal', '## What can not be equal', 'nbs/limits.ipynb: 09_accumulate.ipynb#what-cannot-be-equal: no such heading'),
     ('README.md', '](nbs/images/digits.png)', '](images/digits.png)', 'README.md: images/digits.png is not there'),
     ('nbs/_quarto.yml', '- errors.ipynb', '- error.ipynb', 'nbs/_quarto.yml: error.ipynb is not there')])
 def test_broken_links(tmp_path, file, old, new, why):

@@ -84,7 +84,7 @@ def test_fastai_losses(case): assert_same_run(*both(*FLAT[case]), 1e-6)
 @pytest.mark.parametrize('case', [k for k,v in FLAT.items() if isinstance(v[0], BaseLoss) and 'Focal' not in k and 'Label' not in k])
 def test_denominator_is_that_of_the_wrapped_loss(case):
     "The loss, times its denominator, is the sum over what counts: that is what denominator means"
-    from fastai_accum.core import denominator
+    from fastai_accum.losses import denominator
     loss,y,*rest = FLAT[case]
     pred = (rest[1] if len(rest)>1 else noop)(torch.randn(N+16, *(rest[0] if rest else (C,)), generator=g))
     y = y.float() if y.is_floating_point() else y
@@ -229,7 +229,7 @@ def test_samples_are_counted_whatever_the_targets(kind, unit):
 
 def test_float16_losses_do_not_overflow():
     "Counts of elements are larger than float16 can hold"
-    from fastai_accum.core import Window
+    from fastai_accum.window import Window
     win = Window(4)
     for _ in range(4): win.weigh(torch.tensor(0.5, dtype=torch.float16), 131072); win.add(torch.tensor(0.5, dtype=torch.float16))
     assert win.mean_loss==0.5

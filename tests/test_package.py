@@ -48,5 +48,5 @@ def test_needs_fastai():
 
 def test_nothing_of_fastai_1():
     "With fastai 2 installed, the room of fastai 1 is not entered"
-    code = "import fastai_accum,sys; print('fastai_accum.fastai1' in sys.modules, 'fastai_accum.callback' in sys.modules)"
+    code = "import fastai_accum,sys; print('fastai_accum.fastai1' in sys.modules, 'fastai_accum.accumulate' in sys.modules)"
     assert subprocess.check_output([sys.executable,'-W','ignore','-c',code], text=True).split('\n')[-2]=='False True'

@@ -242,5 +242,5 @@ def test_what_fastai_ships():
 
 def test_nothing_of_fastai_2():
     "The import brings fastai 1's room only"
-    code = "import fastai_accum,sys; print([m for m in sys.modules if m in ('fastai_accum.callback','fastai.learner','fastai.basics.all')], 'fastai_accum.fastai1' in sys.modules)"
+    code = "import fastai_accum,sys; print([m for m in sys.modules if m in ('fastai_accum.accumulate','fastai.learner','fastai.basics.all')], 'fastai_accum.fastai1' in sys.modules)"
     assert subprocess.check_output([sys.executable,'-W','ignore','-c',code], text=True).split('\n')[-2]=='[] True'
