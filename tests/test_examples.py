@@ -8,7 +8,7 @@ def output(*args, **env): return subprocess.run([sys.executable,'-W','ignore',*m
 
 def test_launch():
     "Two processes make steps of twice the samples"
-    out = output('-m', 'torch.distributed.run', '--nproc_per_node', 2, examples/'launch.py', '--n-epoch', 2, ACCELERATE_USE_CPU='1')
+    out = output('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, examples/'launch.py', '--n-epoch', 2, ACCELERATE_USE_CPU='1')
     steps,n,acc = re.search(r'(\d+) steps of 8x4x2 = (\d+) samples, accuracy (\S+)', out).groups()
     assert (int(steps),int(n))==(2*23,64) and float(acc)>0.5
 
