@@ -983,7 +983,8 @@ def test_stats(o, momentum):
     assert int(plain.model.net[0].num_batches_tracked)==2*8
 
 @pytest.mark.parametrize('model', (Res, Often, partial(Often, momentum=None), Dense, partial(Res, partial(BN, track_running_stats=False)), partial(Res, partial(BN, affine=False)),
-                                   partial(Res, Act), partial(Res, Recounts), partial(Res, evaluating), partial(Res, frozen), sequences, volumes), ids=str)
+                                   partial(Res, Act), partial(Res, Recounts), partial(Res, evaluating), partial(Res, frozen), sequences, volumes),
+                         ids=('Res','Often','Often, momentum None','Dense','not tracked','not affine','Act','Recounts','evaluating','frozen','sequences','volumes'))
 def test_stats_layers(model):
     "Both callbacks have the same weights and the same buffers, and counts are those of whole batches"
     large,a,b,plain = (run(one(acc, n=32, bs=bs, data=images(32), model=model), fit) for acc,bs in ((None,8), (micro(4, sync_bn='stats'),8), (AccumulateStep(2, sync_bn='stats'),4), (AccumulateStep(2),4)))

@@ -4,7 +4,7 @@ from fastai.callback.training import GradientAccumulation
 from common import *
 
 @pytest.mark.parametrize('arg', ('n_step','n_samples'))
-@pytest.mark.parametrize('v', (0, -3, 2., 0.5, True, False, '4', [4], float('nan'), lambda p: 0, lambda p: None, lambda p: float('inf'), SchedLin(4,-4)), ids=str)
+@pytest.mark.parametrize('v', (0, -3, 2., 0.5, True, False, '4', [4], float('nan'), lambda p: 0, lambda p: None, lambda p: float('inf'), SchedLin(4,-4)), ids=lambda v: 'function' if callable(v) else str(v))
 def test_window_size(arg, v):
     with pytest.raises(ValueError, match=f'`{arg}`=.*pass a positive integer'): AccumulateStep(**{arg:v})
 

@@ -157,7 +157,7 @@ def test_a_sum_of_its_own():
 
 @pytest.mark.parametrize('loss', (CE(), F.cross_entropy, lambda p,t: F.cross_entropy(p, t)), ids=('module','function','unknown'))
 @pytest.mark.parametrize('normalize', ('auto', 'samples', lambda l: len(l.y), lambda l: l.y.shape[0]/2, lambda l: torch.tensor(float(len(l.y))),
-                                       lambda l: torch.tensor([len(l.y)])), ids=str)
+                                       lambda l: torch.tensor([len(l.y)])), ids=lambda v: 'function' if callable(v) else str(v))
 def test_normalize(normalize, loss):
     "Of means over samples, whatever says how many these are"
     same(*pair(mb(5, normalize=normalize), loss_func=loss))

@@ -113,8 +113,8 @@ def test_train_metrics(reduction):
 OPTS = {'sgd':partial(SGD, mom=0.9), 'adam':Adam, 'adamw':partial(OptimWrapper, opt=torch.optim.AdamW)}
 CE = nn.CrossEntropyLoss
 
-@pytest.mark.parametrize('loss', (CE(reduction='sum'), partial(F.cross_entropy, reduction='sum'), CE(), F.cross_entropy), ids=str)
-@pytest.mark.parametrize('normalize', ('auto','samples', lambda learn: len(learn.y), lambda learn: torch.tensor(float(len(learn.y)))), ids=str)
+@pytest.mark.parametrize('loss', (CE(reduction='sum'), partial(F.cross_entropy, reduction='sum'), CE(), F.cross_entropy), ids=('sum','function, sum','mean','function'))
+@pytest.mark.parametrize('normalize', ('auto','samples', lambda learn: len(learn.y), lambda learn: torch.tensor(float(len(learn.y)))), ids=lambda v: 'function' if callable(v) else str(v))
 def test_normalize_is_the_mean(loss, normalize):
     "Whether a loss sums or averages, the step is that of the mean over the window"
     large,small = learner(73, 16),learner(73, 4, AccumulateStep(4, normalize=normalize), loss_func=loss)
