@@ -43,7 +43,7 @@ docs: env
 test: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
 	ls nbs/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/nbdev-test # a process for each, as notebooks patch fastai's classes
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
 	$(MAKE) test-fastai1
 
 # fastai 1 in a folder of its own, ahead of fastai 2; torch and all else are the environment's
