@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.window.Window.loss': ('window.html#window.loss', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.mean_loss': ('window.html#window.mean_loss', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.pool': ('window.html#window.pool', 'fastai_accum/window.py'),
+                                     'fastai_accum.window.Window.pooled': ('window.html#window.pooled', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.scale': ('window.html#window.scale', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.weigh': ('window.html#window.weigh', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.weigh_loss': ('window.html#window.weigh_loss', 'fastai_accum/window.py'),

@@ -76,10 +76,8 @@ class LockstepThread(threading.Thread):
 def meet(
     what # Anything
 ):
-    "In a function that runs in lock-step: bring `what` to a meeting with the others, and return what becomes of it; a `RuntimeError` elsewhere"
-    thread = getattr(LockstepThread.here, 'thread', None)
-    if thread is None: raise RuntimeError("`meet` is called outside of `lockstep`")
-    return thread.meet(what)
+    "In a function that runs in lock-step: bring `what` to a meeting with the others, and return what becomes of it"
+    return LockstepThread.here.thread.meet(what)
 
 # %% ../nbs/06_lockstep.ipynb #0e4ea7da
 def lockstep(
@@ -88,22 +86,22 @@ def lockstep(
     shared:list=() # Objects whose attributes each of `fs` is to find as it left them
 )->list: # What `fs` returned
     "Run `fs` in threads, one after the other from one `meet(...)` to the next; an exception in one ends them all and is raised"
-    start = [dict(vars(o)) for o in shared]
-    threads = [LockstepThread(f) for f in fs]
-    kept,back = [start]*len(threads),[None]*len(threads)
+    threads,kept,back = [],[[dict(vars(o)) for o in shared]]*len(fs),[None]*len(fs)
     try:
+        for f in fs: threads.append(LockstepThread(f))
         while True:
-            for i,(thread,b) in enumerate(zip(threads, back)):
+            for i,thread in enumerate(threads):
                 for o,d in zip(shared, kept[i]): vars(o).clear(); vars(o).update(d)
-                back[i] = None
+                b,back[i] = back[i],None
                 thread.go(b)
                 if shared: kept[i] = [dict(vars(o)) for o in shared]
             met = [thread.at for thread in threads]
             if not any(met): return [thread.res for thread in threads]
-            if not all(met): raise RuntimeError("micro-batches of one batch took different ways through the model: some came to a BatchNorm that others did not")
+            if not all(met):
+                raise RuntimeError("micro-batches of one batch took different ways through the model: some came to a BatchNorm that others did not")
             for thread in threads: thread.at = None
             back = list(join(met))
-            del met
+            del b,met
     finally:
         for thread in threads: thread.stop() # all of them, before one is waited for
         for thread in threads: thread.end()

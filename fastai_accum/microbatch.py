@@ -250,7 +250,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     ns = [n_samples(y, x) for x,y in parts] if self.split else even_sizes(n, bs)
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     reduction = self._reduction(learn)
-    known = len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
+    known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None)
     passes = Passes(learn, parts, ns, self.win, self.depth)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
@@ -300,7 +300,7 @@ def _join_all(self:MicroBatch, learn, passes):
     if not seen: return
     if learn.training and win.count: win.close(partial(self._params, learn), counted=passes.all_counted)
     if learn.loss.ndim: learn.loss = torch.cat([l for l,_ in seen])
-    elif len(seen)==1: learn.loss = seen[0][0] if win.counts is None else seen[0][0].masked_fill(win.total==0, 0)
+    elif len(seen)==1: learn.loss = seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
     else:
         if not win.count: # in validation, or if no backward pass was made
             for l,c in seen: win.add(l, c)

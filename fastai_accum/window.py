@@ -79,7 +79,7 @@ class Window:
         self.seen,self.begun = 0,0 # micro-batches or samples, and micro-batches that have begun
         self.losses,self.denoms = [],[] # of the micro-batches that count
         self.n,self.c,self.asked,self.last,self.closed = 1,None,None,False,False # of the current micro-batch: its size, its denominator, what it was to be weighed by, is it the last; is the window done
-        self.pooled,self.reduced = None,False # with several processes: the totals of all of them; are the gradients theirs
+        self.totals,self.reduced = None,False # with several processes: denominators and losses of all of them together; are the gradients theirs
         self.total = None if counts is None else counts.sum()
         self.ref = None if counts is None else self.total+(self.total==0) # what gradients are divided by so far
         self.known,self.shares,self.hooks = None,None,[]
@@ -134,15 +134,15 @@ class Window:
         c=None # What it divides by; None: what it was weighed by
     ):
         "Count a micro-batch: its backward pass is done, or there is none, as in validation"
-        if self.pooled is not None: self.reduced = True # it is counted already
+        if self.pooled: self.reduced = True # it is counted already
         else:
             self.losses.append(loss.as_subclass(torch.Tensor).detach())
             self.denoms.append(self.c if c is None else c)
 
     def cancel(self):
         "The backward pass of the current micro-batch is not made, so it counts nothing"
-        if self.pooled is not None and self.c is not None: self.losses.pop(), self.denoms.pop()
-        self.c = self.pooled = None
+        if self.pooled and self.c is not None: self.losses.pop(), self.denoms.pop()
+        self.c = self.totals = None
 
 # %% ../nbs/01_window.ipynb #0cb0ca09
 @patch
@@ -161,21 +161,26 @@ def count(self:Window):
     return len(self.losses)
 
 @patch(as_prop=True)
+def pooled(self:Window):
+    "Are the totals those of all processes?"
+    return self.totals is not None
+
+@patch(as_prop=True)
 def denom(self:Window):
     "What the losses of the micro-batches divide by, together; with several processes, from the last backward pass on, that of all of them"
-    if self.pooled is not None: return self.pooled[0]
+    if self.pooled: return self.totals[0]
     if self.denoms and all(isinstance(c, torch.Tensor) for c in self.denoms): return torch.stack([c.reshape(()) for c in self.denoms]).sum()
     return sum(self.denoms)
 
 @patch(as_prop=True)
 def loss(self:Window):
     "The losses of the micro-batches, each times what it divides by, together"
-    if self.pooled is not None: return self.pooled[1]
+    if self.pooled: return self.totals[1]
     if not self.losses: return 0
     losses = torch.stack(self.losses)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32)) # in which a sum over elements does not overflow
     if self.reduction!='mean': return losses.sum()
-    c = torch.stack([torch.as_tensor(c, device=losses.device).reshape(()) for c in self.denoms])
+    c = torch.stack([torch.as_tensor(c, dtype=losses.dtype, device=losses.device).reshape(()) for c in self.denoms])
     return (losses*c).masked_fill(c==0, 0).sum()
 
 @patch
@@ -228,7 +233,9 @@ def close(self:Window,
         if not self.reduced: self.pool(None, ddp, params()); reduce_grads(ddp)
         return True
     if not self.count: return False
-    if self.counts is not None and counted and self.count==self.begun: return True # losses had their final scale
+    final = self.counts is not None and counted and self.count==self.begun # losses had their final scale
+    self.counts = self.known = self.shares = None
+    if final: return True
     if isinstance(scale := self.scale, torch.Tensor) or scale!=1: rescale(params(), scale)
     return True
 
@@ -255,7 +262,7 @@ def pool(self:Window,
     n,t = group.size(),torch.zeros(2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     for o,v in zip(t, (self.denom,self.loss)): o += v # these may be on the device: nothing is to be read here
     torch.distributed.all_reduce(t, group=group)
-    self.pooled = t
+    self.totals = t
     if self.ref is None: self.ref = 1
     scale,self.ref = n*self.scale,(1 if self.reduction=='none' else self.denom)/n
     rescale(params, scale)
