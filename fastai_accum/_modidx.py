@@ -25,6 +25,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_accum/accumulate.py'),
                                          'fastai_accum.accumulate.AccumulateStep._drop': ( 'accumulate.html#accumulatestep._drop',
                                                                                            'fastai_accum/accumulate.py'),
+                                         'fastai_accum.accumulate.AccumulateStep._end': ( 'accumulate.html#accumulatestep._end',
+                                                                                          'fastai_accum/accumulate.py'),
                                          'fastai_accum.accumulate.AccumulateStep._flush': ( 'accumulate.html#accumulatestep._flush',
                                                                                             'fastai_accum/accumulate.py'),
                                          'fastai_accum.accumulate.AccumulateStep._n_win': ( 'accumulate.html#accumulatestep._n_win',

@@ -136,10 +136,14 @@ def _batch(self:AccumulateStep, learn, f):
         if len(learn.yb) and win.asked is None:
             raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {self} can't weigh its loss: let it call "
                              "`self._with_events(self._backward, 'backward', CancelBackwardException)`, as fastai does")
-    if not win.last: return
-    learn('after_batch')
-    self.part.i_win += 1
+    if win.last: self._end(learn)
+
+@patch
+def _end(self:AccumulateStep, learn):
+    "The end of a window is the end of a batch"
     self.win = None
+    self.part.i_win += 1
+    learn('after_batch')
 
 @patch
 def _begin(self:AccumulateStep, learn):
@@ -258,7 +262,7 @@ def _flush(self:AccumulateStep, learn):
     if self.leftover=='drop' and win and learn.train_iter==0:
         warn(f"an epoch ended before it filled a window of `{self.unit}`={win.size}, and `leftover`='drop': nothing has been trained")
     try:
-        if self._steps_leftover and self._step(learn): learn('after_batch')
+        if self._steps_leftover and self._step(learn): self._end(learn)
     finally:
         if self.leftover!='carry' or win and win.closed: self._drop(learn)
 
