@@ -32,6 +32,7 @@ class AccumulateMethods(HostMethods):
         else: host._train(self, partial(own.all_batches, self))
 
     def _with_events(self, f, event_type, ex, final=noop):
+        if event_type=='epoch' and (host := host_of(self)): host.at = self.epoch,self.n_epoch # a validation on the way sets it to 0
         host = host_of(self) if self.training and event_type in ('batch','backward','step') else None
         if host is not None and host.part is not None:
             if event_type=='batch':    return host._batch(self, f)
@@ -52,8 +53,8 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,methods = -100,AccumulateMethods # the first to hear of a fit
-    per_fit = dict(win=None, accum_opt=None, part=None)
-    win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
+    per_fit = dict(win=None, accum_opt=None, part=None, at=None)
+    win,accum_opt,part,at = None,None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch; this epoch and how many there are
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
@@ -88,7 +89,7 @@ class AccumulateStep(Host):
         finally:
             if waiting is not None and learn.opt is waiting.wrapped: learn.opt = waiting
 
-    def busy(self): return self.win is not None and not self.win.closed and self.part is not None
+    def busy(self): return self.win is not None and self.part is not None
 
     def forget(self, learn):
         self._drop(learn)
@@ -114,8 +115,8 @@ def _n_win(self:AccumulateStep, dl):
 # %% ../nbs/09_accumulate.ipynb #af565463
 class TrainPart:
     "The training part of an epoch, in windows"
-    def __init__(self, learn, n_win):
-        self.n_dl,self.n_win,self.i_win = len(learn.dl),n_win,0 # micro-batches; windows, None if unknown; windows so far
+    def __init__(self, learn, n_win, at):
+        self.n_dl,self.n_win,self.i_win,self.at = len(learn.dl),n_win,0,at # micro-batches; windows, None if unknown; windows so far; the epoch, and how many there are
         self.ddp = isinstance(learn.model, DistributedDataParallel)
         self.listeners = Listeners(learn, *micro_events)
         self.metrics = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
@@ -161,9 +162,9 @@ def _begin(self:AccumulateStep, learn):
 @patch
 def _open(self:AccumulateStep, learn, i, bs):
     "Open a window at micro-batch `i` of `bs` samples"
-    n_dl = self.part.n_dl
+    n_dl,(epoch,n_epoch) = self.part.n_dl,self.part.at
     # where windows can't be counted beforehand, training progress is that of the dataloader
-    learn.pct_train = min(learn.pct_train, (learn.epoch+1)/learn.n_epoch) if self.part.n_win else (learn.epoch + i/n_dl)/learn.n_epoch
+    learn.pct_train = min(learn.pct_train, (epoch+1)/n_epoch) if self.part.n_win else (epoch + i/n_dl)/n_epoch
     size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
@@ -225,7 +226,7 @@ _cancels = CancelTrainException,CancelEpochException,CancelFitException
 def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
     self._check(learn)
-    part = self.part = TrainPart(learn, self._n_win(learn.dl))
+    part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch))
     if part.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = part.n_win
     try:
         if part.metrics: learn.recorder.train_metrics = False
@@ -253,7 +254,7 @@ def _check(self:AccumulateStep, learn):
     if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
 
 @patch(as_prop=True)
-def _steps_leftover(self:AccumulateStep): return self.leftover=='step' or self.leftover=='carry' and self.epoch+1==self.n_epoch
+def _steps_leftover(self:AccumulateStep): return self.leftover=='step' or self.leftover=='carry' and self.part.at[0]+1==self.part.at[1]
 
 @patch
 def _flush(self:AccumulateStep, learn):
