@@ -265,6 +265,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_accum.lockstep.meet': ('lockstep.html#meet', 'fastai_accum/lockstep.py'),
                                        'fastai_accum.lockstep.replicas': ('lockstep.html#replicas', 'fastai_accum/lockstep.py')},
             'fastai_accum.losses': { 'fastai_accum.losses._held': ('losses.html#_held', 'fastai_accum/losses.py'),
+                                     'fastai_accum.losses._length': ('losses.html#_length', 'fastai_accum/losses.py'),
+                                     'fastai_accum.losses._list_length': ('losses.html#_list_length', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._one_of': ('losses.html#_one_of', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._target_weights': ('losses.html#_target_weights', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses.check_denominator': ('losses.html#check_denominator', 'fastai_accum/losses.py'),

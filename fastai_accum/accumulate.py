@@ -149,7 +149,7 @@ def _end(self:AccumulateStep, learn):
 @patch
 def _begin(self:AccumulateStep, learn):
     "The window that the next micro-batch belongs to, with the optimizer waiting"
-    part,i,bs = self.part,learn.iter,n_samples(learn.yb, learn.xb)
+    part,i,bs = self.part,learn.iter,n_samples(learn.xb, learn.yb)
     self.moments.micro()
     if learn.opt is not self.accum_opt: self.accum_opt = learn.opt = AccumulateOptimizer(learn.opt)
     self.accum_opt.open = True

@@ -47,7 +47,7 @@ class AccumulateStep(LearnerCallback):
 
     def on_batch_begin(self, last_input, last_target, train, epoch, num_batch, **kwargs):
         if not train: return self._flush(epoch) # validation begins
-        self.n_dl,self.inputs,bs = len(self.learn.data.train_dl),_listed(last_input),n_samples(_listed(last_target), _listed(last_input))
+        self.n_dl,self.inputs,bs = len(self.learn.data.train_dl),_listed(last_input),n_samples(_listed(last_input), _listed(last_target))
         if isinstance(self.learn.opt, AccumulateOptimizer) and self.learn.opt is not self.gate:
             raise ValueError("2 AccumulateSteps, one of them among the callbacks of this fit: one is enough; `learn.detach_accum()` takes out the other")
         if self.learn.opt is not self.gate: self.learn.opt = self.gate = AccumulateOptimizer(self.learn.opt)

@@ -9,6 +9,7 @@ __all__ = ['counts_elements', 'loss_option', 'loss_reduction', 'loss_modules', '
 # %% ../nbs/00_losses.ipynb #6c090005
 import math,torch
 import torch.nn.functional as F
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from numbers import Real
@@ -136,25 +137,31 @@ def denominator(
 
 # %% ../nbs/00_losses.ipynb #726ff2fd
 def n_samples(
-    *bs # Parts of a batch, such as its targets and inputs: the first that tells counts
+    *bs # Parts of a batch: its inputs, and its targets
 )->int:
-    "Samples in a batch, or 1 if nothing in it tells"
-    def size(o):
-        if isinstance(o, torch.Tensor) or hasattr(o, 'shape'): return o.shape[0] if len(o.shape) else None
-        if isinstance(o, Mapping): return next((n for v in o.values() if (n := size(v))), None)
-        if not hasattr(o, '__len__') or isinstance(o, str): return None
-        ns = set() if any(isinstance(v, Mapping) for v in o) else {size(v) for v in o}-{None} # one entry a sample, or several for all of them
-        return ns.pop() if len(ns)==1 else len(o)
-    for o in (o for b in bs for o in b):
-        if n := size(o): return n
-    return 1
+    "Samples in a batch: the length that most of its tensors have, the first one's if it can't be told by that; 1 if nothing tells"
+    sizes = [k for b in bs for o in b if (k := _length(o))]
+    if sizes: return sizes[0] if sizes.count(sizes[0])==len(sizes) else Counter(sizes).most_common(1)[0][0]
+    return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), 1)
+
+def _length(o):
+    "How many samples a tensor, an array, or a dict of these has; None if that is none of them"
+    if isinstance(o, torch.Tensor) or hasattr(o, 'shape'): return o.shape[0] if len(o.shape) else None
+    if isinstance(o, Mapping): return next((k for v in o.values() if (k := _length(v) or _list_length(v))), None)
+
+def _list_length(o):
+    "How many samples a list has: one entry a sample, or several for all of them"
+    if isinstance(o, Mapping) or hasattr(o, 'shape'): return _length(o)
+    if not hasattr(o, '__len__') or isinstance(o, str): return None
+    ns = set() if any(isinstance(v, Mapping) for v in o) else {_list_length(v) for v in o}-{None}
+    return ns.pop() if len(ns)==1 else len(o)
 
 # %% ../nbs/00_losses.ipynb #c833f3b3
 def loss_count(
     loss_func, # The loss
     pred, # What the model returned for a micro-batch
     targs, # A tuple of its targets
-    inputs=(), # A tuple of its inputs, to count samples if the targets do not tell
+    inputs=(), # A tuple of its inputs, in which samples are counted; if they do not tell, in the targets
     normalize='auto', # 'auto', 'samples', 'none', or a function of `learn`
     mean:bool=True, # Is the loss a mean?
     learn=None # What a function `normalize` is called with
@@ -162,7 +169,7 @@ def loss_count(
     "What a micro-batch weighs: what the function `normalize` returns, or what `loss_func` divides by, or else its samples"
     if callable(normalize): return check_denominator(normalize(learn))
     c = denominator(loss_func, pred, *targs) if normalize=='auto' and mean else None
-    return n_samples(targs, inputs) if c is None else c
+    return n_samples(inputs, targs) if c is None else c
 
 # %% ../nbs/00_losses.ipynb #e7fe07d4
 def mixed_denominators(

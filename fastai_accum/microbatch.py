@@ -136,7 +136,7 @@ def _autocast(self:MicroBatch, learn, event):
 @patch
 def _fit_in(self:MicroBatch, learn, one):
     "Compute a batch in micro-batches that fit in memory"
-    xb,yb,n = learn.xb,learn.yb,n_samples(learn.yb, learn.xb)
+    xb,yb,n = learn.xb,learn.yb,n_samples(learn.xb, learn.yb)
     if not self.auto: return self._attempt(learn, one, xb, yb, n, min(self.bs, n))
     train,kind,undo = learn.training,0 if self._ddp else size_kind(xb, n),Undo(self._mods(learn), (xb,yb)) # one kind for all if processes have to agree
     while not self._attempt(learn, one, xb, yb, n, bs := min(self.sizes.limit(train, kind) or n, n)):
@@ -247,7 +247,7 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
 def _split(self:MicroBatch, learn, xb, yb, n, bs):
     "The micro-batches, and the window of them"
     parts = self._parts(xb, yb, n, bs)
-    ns = [n_samples(y, x) for x,y in parts] if self.split else even_sizes(n, bs)
+    ns = [n_samples(x, y) for x,y in parts] if self.split else even_sizes(n, bs)
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     reduction = self._reduction(learn)
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None

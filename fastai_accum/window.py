@@ -20,7 +20,7 @@ def check_choice(
     more:str='' # What else it may be, for the error
 ):
     "A `ValueError` if `v` is not one of `choices`"
-    if v not in choices: raise ValueError(f"`{name}`={v!r}: pass one of {', '.join(map(repr, choices))}{more}")
+    if not any(type(v) is type(c) and v==c for c in choices): raise ValueError(f"`{name}`={v!r}: pass one of {', '.join(map(repr, choices))}{more}")
 
 # %% ../nbs/01_window.ipynb #f80e01a3
 def check_normalize(
@@ -118,7 +118,7 @@ class Window:
         loss_func, # What returned it, with its options
         pred, # What the model returned
         targs, # A tuple of targets
-        inputs=(), # A tuple of inputs, to count samples if the targets do not tell
+        inputs=(), # A tuple of inputs, in which samples are counted
         normalize='auto', # As in `loss_count`
         learn=None, # What a function `normalize` is called with
         counted:bool=True # Are the targets still those that `counts` is about?
@@ -126,7 +126,7 @@ class Window:
         "What is to be differentiated, weighed by what `loss_func` divides by"
         if self.counts is not None and counted: return self._known_share(loss)
         c = loss_count(loss_func, pred, targs, inputs, normalize, self.reduction=='mean', learn)
-        guess = targs[0].numel() if isinstance(targs[0], torch.Tensor) else n_samples(targs, inputs)
+        guess = targs[0].numel() if isinstance(targs[0], torch.Tensor) else n_samples(inputs, targs)
         return self.weigh(loss, c, guess, (pred,loss_params(loss_func)) if loss_option(loss_func, 'denominator') else ())
 
     def add(self,
@@ -136,7 +136,7 @@ class Window:
         "Count a micro-batch: its backward pass is done, or there is none, as in validation"
         if self.pooled: self.reduced = True # it is counted already
         else:
-            self.losses.append(loss.as_subclass(torch.Tensor).detach())
+            self.losses.append(loss.as_subclass(torch.Tensor).detach().reshape(()))
             self.denoms.append(self.c if c is None else c)
 
     def cancel(self):
