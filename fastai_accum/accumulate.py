@@ -53,8 +53,8 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,methods = -100,AccumulateMethods # the first to hear of a fit
-    per_fit = dict(win=None, accum_opt=None, part=None, at=None)
-    win,accum_opt,part,at = None,None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch; this epoch and how many there are
+    per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
+    win,accum_opt,part,at,kept = None,None,None,None,() # the open window; the optimizer that waits for its end; the training part of an epoch; this epoch and how many there are; gradients of other windows
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
@@ -104,27 +104,48 @@ def _reduction(self:AccumulateStep, learn): return loss_reduction(plain_loss(lea
 def _size(self:AccumulateStep, pct): return window_size(self.unit, getattr(self, self.unit), pct)
 
 @patch
+def _n_micro(self:AccumulateStep, dl):
+    "Micro-batches of `dl` in a window, None if that can't be known beforehand"
+    bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    if bs and self.leftover!='carry' and not callable(getattr(self, self.unit)): return math.ceil(self._size(0)/bs)
+
+@patch
 def _n_win(self:AccumulateStep, dl):
     "Windows in an epoch of `dl`, None if that can't be known beforehand"
-    bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-    if not bs or self.leftover=='carry' or callable(getattr(self, self.unit)): return None
-    n,k = len(dl),math.ceil(self._size(0)/bs)
+    if (k := self._n_micro(dl)) is None: return None
+    n = len(dl)
     if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'): n = math.ceil(n/num_distrib()) # not sharded yet
-    return n//k if self.leftover=='drop' else math.ceil(n/k)
+    if self.leftover!='drop': return math.ceil(n/k)
+    short = n and n%k==0 and self.unit=='n_samples' and k*dl.bs - _missing(dl) < self._size(0) # the last window does not fill
+    return n//k - bool(short)
+
+def _missing(dl):
+    "How many samples the last batch of `dl` is short of"
+    n = getattr(dl, 'n', None)
+    return 0 if n is None or getattr(dl, 'drop_last', False) else -n%dl.bs
 
 # %% ../nbs/09_accumulate.ipynb #af565463
 class TrainPart:
     "The training part of an epoch, in windows"
     def __init__(self, learn, n_win, at):
         self.n_dl,self.n_win,self.i_win,self.at = len(learn.dl),n_win,0,at # micro-batches; windows, None if unknown; windows so far; the epoch, and how many there are
+        self.early,self.bs,self.n_drop = False,None,self.n_dl # was the window closed because the loader's end was expected; samples of the first micro-batch; the first micro-batch that is dropped
         self.ddp = isinstance(learn.model, DistributedDataParallel)
         self.listeners = Listeners(learn, *micro_events)
+        self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
         self.metrics = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
+
+    @staticmethod
+    def _outside(learn):
+        inside = set(learn.opt.all_params().itemgot(0))
+        params = [p for p in learn.model.parameters() if p.requires_grad]
+        return [p for p in params if p not in inside] if inside.intersection(params) else [] # else it has copies of all of them
 
 # %% ../nbs/09_accumulate.ipynb #0d7fb838
 @patch
 def _batch(self:AccumulateStep, learn, f):
     "The events of a micro-batch around `f`; a batch ends where a window ends"
+    if self._drops(learn): return
     win = self._begin(learn)
     try:
         learn('before_batch')
@@ -147,17 +168,36 @@ def _end(self:AccumulateStep, learn):
     learn('after_batch')
 
 @patch
+def _drops(self:AccumulateStep, learn):
+    "Is this one of an epoch's last micro-batches, that a loader of the large batch would leave out?"
+    part,i,bs = self.part,learn.iter,n_samples(learn.xb, learn.yb)
+    if part.bs is None: part.bs = bs
+    if bs!=part.bs and i+1<part.n_dl: part.n_drop = part.n_dl # with batches of several sizes, windows are not where they were expected
+    return part.n_drop<=i<part.n_dl
+
+@patch
 def _begin(self:AccumulateStep, learn):
     "The window that the next micro-batch belongs to, with the optimizer waiting"
     part,i,bs = self.part,learn.iter,n_samples(learn.xb, learn.yb)
     self.moments.micro()
-    if learn.opt is not self.accum_opt: self.accum_opt = learn.opt = AccumulateOptimizer(learn.opt)
+    if learn.opt is not self.accum_opt: self.accum_opt = learn.opt = AccumulateOptimizer(learn.opt, on_wait=self._on_wait)
     self.accum_opt.open = True
     if self.win is None: self._open(learn, i, bs)
+    if i==part.n_dl and part.early:
+        warn(f"the dataloader gave more than the {i} micro-batches of its `len`, so a window was closed before it was full: mend its `__len__`")
     last = self.win.begin(1 if self.unit=='n_step' else bs, i+1==part.n_dl and self._steps_leftover)
+    part.early = last and self.win.seen<self.win.size
     if part.n_win: learn.iter,learn.n_iter = part.i_win,part.n_win
     if part.ddp: learn.model.require_backward_grad_sync = last # what `no_sync` sets, forward and backward
     return self.win
+
+@patch
+def _on_wait(self:AccumulateStep, name):
+    "A callback wants a step, or gradients zeroed, in an open window"
+    if self.part is None or self.part.warned: return
+    self.part.warned = True
+    warn(f"`opt.{name}()` was called within a window of {self} and did nothing, as it would lose the gradients of the micro-batches before. To leave out a "
+         "micro-batch, raise `CancelBackwardException` in `before_backward`; what belongs to a step goes in `before_step` or `after_step`")
 
 @patch
 def _open(self:AccumulateStep, learn, i, bs):
@@ -165,6 +205,8 @@ def _open(self:AccumulateStep, learn, i, bs):
     n_dl,(epoch,n_epoch) = self.part.n_dl,self.part.at
     # where windows can't be counted beforehand, training progress is that of the dataloader
     learn.pct_train = min(learn.pct_train, (epoch+1)/n_epoch) if self.part.n_win else (epoch + i/n_dl)/n_epoch
+    self.kept = [(p,p.grad) for p in self.part.outside if p.grad is not None] # no optimizer has zeroed them, and they are not this window's
+    for p,_ in self.kept: p.grad = None
     size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
@@ -197,8 +239,15 @@ def _close(self:AccumulateStep, learn):
     self.accum_opt.open = False
     self.moments.flush()
     some = self.win.close(partial(self._params, learn), learn.model if self.part.ddp else None)
+    self._put_back()
     if some: learn.loss = self.win.mean_loss
     return some
+
+@patch
+def _put_back(self:AccumulateStep):
+    "Let the gradients of other windows add up to the window's again"
+    for p,g in self.kept: p.grad = g if p.grad is None else p.grad.add_(g)
+    self.kept = ()
 
 @patch
 def _step(self:AccumulateStep, learn):
@@ -218,6 +267,7 @@ def _drop(self:AccumulateStep, learn):
     self.win = None
     getattr(learn.opt, 'real_zero_grad', learn.opt.zero_grad)()
     for m in (learn.model,*loss_modules(learn.loss_func)): m.zero_grad(set_to_none=False)
+    self._put_back()
 
 # %% ../nbs/09_accumulate.ipynb #a960b241
 _cancels = CancelTrainException,CancelEpochException,CancelFitException
@@ -227,6 +277,7 @@ def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
     self._check(learn)
     part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch))
+    if self.leftover=='drop' and part.n_win is not None: part.n_drop = part.n_win*self._n_micro(learn.dl)
     if part.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = part.n_win
     try:
         if part.metrics: learn.recorder.train_metrics = False
@@ -246,7 +297,8 @@ def _train(self:AccumulateStep, learn, all_batches):
 
 @patch
 def _check(self:AccumulateStep, learn):
-    "A `ValueError` if the model can't wait for a window's last micro-batch"
+    "A `ValueError` if the model can't wait for a window's last micro-batch, or has nothing to train"
+    check_trainable(learn)
     several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
     if several and not isinstance(learn.model, DistributedDataParallel):
         raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
@@ -273,7 +325,7 @@ def clash(self:AccumulateStep, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
     if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
-    if isa('HookCallback') and cb.every is not None: return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
+    if isa('HookCallback') and cb.every is not None and (self.unit,self.n_step)!=('n_step',1): return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
     if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
     if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
     if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction(self.learn)!='mean':

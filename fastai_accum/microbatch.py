@@ -68,6 +68,7 @@ class MicroBatch(Host):
         check_choice('sync_bn', sync_bn, (False,True,'stats'))
         check_choice('offload', offload, ('cpu',None))
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
+        check_choice('valid', valid, (None,False,True))
         store_attr()
         self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
         self.valid = self.run_valid = ifnone(valid, self.auto)
@@ -84,6 +85,7 @@ class MicroBatch(Host):
     def busy(self): return self.passes is not None
 
     def before_train(self):
+        check_trainable(self.learn)
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
@@ -200,7 +202,7 @@ class Passes:
         self.versions = [self._version(yb) for _,yb in parts]
 
     @staticmethod
-    def _version(yb): return [t._version for t in yb if isinstance(t, Tensor)]
+    def _version(yb): return [t._version for t in yb if isinstance(t, Tensor) and not t.is_inference()]
 
     def counted(self, i):
         "Are the targets of micro-batch `i` still those that were split?"
@@ -249,6 +251,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     parts = self._parts(xb, yb, n, bs)
     ns = [n_samples(x, y) for x,y in parts] if self.split else even_sizes(n, bs)
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
+    if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     reduction = self._reduction(learn)
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None)
@@ -299,7 +302,7 @@ def _join_all(self:MicroBatch, learn, passes):
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training and win.count: win.close(partial(self._params, learn), counted=passes.all_counted)
-    if learn.loss.ndim: learn.loss = torch.cat([l for l,_ in seen])
+    if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): learn.loss = torch.cat([l for l,_ in seen])
     elif len(seen)==1: learn.loss = seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
     else:
         if not win.count: # in validation, or if no backward pass was made
@@ -314,7 +317,16 @@ def _params(self:MicroBatch, learn): return {*self._mods(learn).parameters(), *l
 def _parts(self:MicroBatch, xb, yb, n, bs):
     "The batch in parts of at most `bs` samples"
     if bs>=n: return [(xb,yb)]
-    return even_parts(xb, yb, n, bs) if self.split is None else list(self.split(xb, yb, bs))
+    return even_parts(xb, yb, n, bs) if self.split is None else self._own_parts(xb, yb, bs)
+
+@patch
+def _own_parts(self:MicroBatch, xb, yb, bs):
+    "What the function `split` makes of a batch; a `ValueError` if these are no parts of it"
+    res = self.split(xb, yb, bs)
+    if hasattr(res, '__iter__'): res = list(res)
+    if not isinstance(res, list) or any(not isinstance(o, (list,tuple,L)) or len(o)!=2 for o in res):
+        raise ValueError(f"`split`={self.split!r} returned {res!r}: return a list of `(xb, yb)`, two tuples of tensors each")
+    return [tuple(o) for o in res]
 
 @patch
 def _slice_others(self:MicroBatch, passes, xb, n, bs):

@@ -15,11 +15,12 @@ class AccumulateOptimizer(GetAttr):
     def __init__(self,
         wrapped, # A fastai `Optimizer` or `OptimWrapper`
         open:bool=False, # Is a window open, so that steps must wait?
+        on_wait=None # A function that is called with 'step' or 'zero_grad' when one of these does nothing
     ):
-        self.wrapped,self.open = wrapped,open
+        self.wrapped,self.open,self.on_wait = wrapped,open,on_wait
 
     def __setattr__(self, k, v):
-        if k in ('wrapped','open'): super().__setattr__(k, v)
+        if k in ('wrapped','open','on_wait'): super().__setattr__(k, v)
         else: setattr(self.wrapped, k, v)
 
     def real_step(self, *args, **kwargs):
@@ -32,8 +33,11 @@ class AccumulateOptimizer(GetAttr):
 
     def step(self, *args, **kwargs):
         "Step, unless a window is open"
-        if not self.open: return self.real_step(*args, **kwargs)
+        return self._wait('step') if self.open else self.real_step(*args, **kwargs)
 
     def zero_grad(self, *args, **kwargs):
         "Zero the gradients, unless a window is open"
-        if not self.open: return self.real_zero_grad(*args, **kwargs)
+        return self._wait('zero_grad') if self.open else self.real_zero_grad(*args, **kwargs)
+
+    def _wait(self, name):
+        if self.on_wait is not None: self.on_wait(name)

@@ -29,7 +29,7 @@ class Undo:
     ):
         self.model,self.inputs = (model := mods[0]),[]
         self.rng = random.getstate(),np.random.get_state(),torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        nested(lambda t: self.inputs.append((t, t._version)) if isinstance(t, Tensor) else None, batch)
+        nested(lambda t: self.inputs.append((t, t._version)) if isinstance(t, Tensor) and not t.is_inference() else None, batch)
         self.bufs = [(m._buffers,k,b,b.clone()) for m in mods.modules() for k,b in m._buffers.items() if b is not None]
         self.nograd = [p for p in mods.parameters() if p.grad is None]
         self.sync = getattr(model, 'require_forward_param_sync', None) # will `DistributedDataParallel` broadcast buffers?

@@ -37,17 +37,18 @@ def part(
     i:int, # The first sample
     j:int, # The sample after the last
     n:int, # Samples in the batch
-    name:str='xb' # What `o` is called, for the error
+    name:str='xb', # What `o` is called, for the error
+    listed:bool=False # Is it an entry of a list? Elsewhere a text or a number goes with all samples
 ):
     "Samples `i` to `j` of a batch; a `ValueError` if it can't be told which these are"
-    if o is None: return None
+    if o is None or not listed and isinstance(o, (str,int,float)): return o
     if isinstance(o, (Tensor,np.ndarray)) and o.ndim and len(o)==n: return o[i:j]
     if isinstance(o, (list,tuple,L)) and len(o)==n and not any(isinstance(v, (Tensor,np.ndarray,list,tuple,L)) for v in o): return o[i:j] # an entry a sample
     if isinstance(o, MutableMapping):
         res = copy(o)
         for k in o: res[k] = part(o[k], i, j, n, f'{name}[{k!r}]')
         return res
-    if isinstance(o, (list,tuple,L)): return again(o, [part(v, i, j, n, f'{name}[{k}]') for k,v in enumerate(o)])
+    if isinstance(o, (list,tuple,L)): return again(o, [part(v, i, j, n, f'{name}[{k}]', True) for k,v in enumerate(o)])
     what = f' of shape {tuple(o.shape)}' if hasattr(o, 'shape') else f' of length {len(o)}' if hasattr(o, '__len__') else ''
     raise ValueError(f"`{name}` is a {type(o).__name__}{what} in a batch of {n} samples, and can't be split along its first dimension: pass "
                      "`MicroBatch(split=...)`, a function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each")

@@ -396,6 +396,7 @@ STRUCTURES = { # inputs, targets, where the model finds its own, and the loss
     'strings':          (lambda x: (x, [str(i) for i in range(len(x))], ('a',)*len(x)), lambda y: ([str(int(v)) for v in y],),
                          lambda x,a,b: x[:len(a)][:len(b)], lambda p,t: F.cross_entropy(p, tensor([int(v) for v in t]))),
     'arrays':           (lambda x: (x.numpy(), np.array(['a']*len(x), dtype=object)), None, lambda x,a: torch.as_tensor(x)[:len(a)], F.cross_entropy),
+    'for all samples':  (lambda x: ({'x':x, 'scale':2}, 'text', np.float64(2)), None, lambda d,s,f: d['x']*d['scale']*f*len(s), F.cross_entropy),
     'nothing in it':    (lambda x: (x, (), {}), None, lambda x,a,b: x, F.cross_entropy),
     'tuple of targets': (None, lambda y: ((y, y),), noop, lambda p,t: F.cross_entropy(p, t[1])),
     'list of targets':  (None, lambda y: ([y, y],), noop, lambda p,t: F.cross_entropy(p, t[1])),
@@ -432,14 +433,11 @@ def test_inputs_alone():
 
 BAD = {"xb[1]":                 (lambda x: (x, tensor(1.)), None, r'Tensor of shape \(\)'),
        "xb[1][0]":              (lambda x: (x, [1.5]), None, 'float'),
-       "xb[0]['scale']":        (lambda x: ({'x':x, 'scale':2},), None, 'int'),
-       "xb[2]":                 (lambda x: (x, x, 'text'), None, 'str of length 4'),
        "xb[0][1]['k'][0]":      (lambda x: ((x, {'k':[x[:3]]}),), None, r'Tensor of shape \(3, 6\)'),
        "xb[0].b":               (lambda x: (Pair(x, x[0]),), None, r'Tensor of shape \(6,\)'),
        "yb[0]['boxes']":        (None, lambda y: ({'t':y, 'boxes':torch.zeros(7, 4)},), r'Tensor of shape \(7, 4\)'),
        "yb[1]":                 (None, lambda y: (y, torch.cat([y,y])), r'Tensor of shape \(32,\)'),
        "xb[0][0]":              (lambda x: ([v for v in x],), None, r'Tensor of shape \(6,\)'),
-       "xb[1] ":                (lambda x: (x, np.float64(2)), None, r'float64 of shape \(\)'),
        "xb[1]  ":               (lambda x: (x, {1,2}), None, 'set of length 2'),
        "yb[1] ":                (None, lambda y: (y, object()), 'object')}
 
