@@ -245,7 +245,9 @@ def reduce_grads(
 ):
     "Average the gradients over all processes, by a backward pass that adds nothing to them"
     model.require_backward_grad_sync = model.require_forward_param_sync = True
-    loss = sum(p.sum()*0 for p in model.parameters() if p.requires_grad)
+    params = [p for p in model.parameters() if p.requires_grad]
+    if model.find_unused_parameters: params = [p for p in params if p.grad is not None] or params[:1] # what no process has used has no gradient
+    loss = sum(p.sum()*0 for p in params)
     model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else []) # as its forward pass does
     loss.backward()
 
