@@ -6,9 +6,16 @@
 __all__ = ['nested', 'again', 'part', 'even_cuts', 'even_sizes', 'even_parts', 'joined', 'Sliced']
 
 # %% ../nbs/04_split.ipynb #8ca61860
+import itertools,math
 from collections.abc import MutableMapping
 from copy import copy
-from fastai.basics import *
+from fastcore.foundation import L
+from fastcore.xtras import is_listy
+from torch import Tensor
+
+try: from numpy import ndarray
+except ImportError: _arrays = Tensor, # torch does without it
+else: _arrays = Tensor,ndarray
 
 # %% ../nbs/04_split.ipynb #06822870
 def nested(
@@ -38,20 +45,20 @@ def part(
     j:int, # The sample after the last
     n:int, # Samples in the batch
     name:str='xb', # What `o` is called, for the error
+    cure:str="pass `MicroBatch(split=...)`, a function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each", # What to do then
     listed:bool=False # Is it an entry of a list? Elsewhere a text or a number goes with all samples
 ):
     "Samples `i` to `j` of a batch; a `ValueError` if it can't be told which these are"
     if o is None or not listed and isinstance(o, (str,int,float)): return o
-    if isinstance(o, (Tensor,np.ndarray)) and o.ndim and len(o)==n: return o[i:j]
-    if isinstance(o, (list,tuple,L)) and len(o)==n and not any(isinstance(v, (Tensor,np.ndarray,list,tuple,L)) for v in o): return o[i:j] # an entry a sample
+    if isinstance(o, _arrays) and o.ndim and len(o)==n: return o[i:j]
+    if isinstance(o, (list,tuple,L)) and len(o)==n and not any(isinstance(v, (*_arrays,list,tuple,L)) for v in o): return o[i:j] # an entry a sample
     if isinstance(o, MutableMapping):
         res = copy(o)
-        for k in o: res[k] = part(o[k], i, j, n, f'{name}[{k!r}]')
+        for k in o: res[k] = part(o[k], i, j, n, f'{name}[{k!r}]', cure)
         return res
-    if isinstance(o, (list,tuple,L)): return again(o, [part(v, i, j, n, f'{name}[{k}]', True) for k,v in enumerate(o)])
+    if isinstance(o, (list,tuple,L)): return again(o, [part(v, i, j, n, f'{name}[{k}]', cure, True) for k,v in enumerate(o)])
     what = f' of shape {tuple(o.shape)}' if hasattr(o, 'shape') else f' of length {len(o)}' if hasattr(o, '__len__') else ''
-    raise ValueError(f"`{name}` is a {type(o).__name__}{what} in a batch of {n} samples, and can't be split along its first dimension: pass "
-                     "`MicroBatch(split=...)`, a function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each")
+    raise ValueError(f"`{name}` is a {type(o).__name__}{what} in a batch of {n} samples, and can't be split along its first dimension: {cure}")
 
 # %% ../nbs/04_split.ipynb #7994915f
 def even_cuts(
