@@ -40,11 +40,44 @@ def test_sdist_builds_the_same(dists, tmp_path):
     again, = (tmp_path/'again').iterdir()
     assert zipfile.ZipFile(again).namelist()==zipfile.ZipFile(dists['whl']).namelist()
 
-def test_needs_fastai():
-    "Without fastai the import says what to install"
-    code = "import importlib.metadata as m\ndef version(name): raise m.PackageNotFoundError\nm.version = version\nimport fastai_accum"
-    res = subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, cwd=root)
-    assert res.returncode and 'ImportError: fastai_accum' in res.stderr and 'pip install fastai' in res.stderr
+NO_FASTAI = """
+import importlib.metadata as meta,sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0]=='fastai': raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Block())
+_version = meta.version
+def version(name):
+    if name=='fastai': raise meta.PackageNotFoundError(name)
+    return _version(name)
+meta.version = version
+"""
+def python(code): return subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, cwd=root)
+
+def test_without_fastai():
+    "The package and what is for loops without fastai can be imported, and bring nothing of it"
+    code = NO_FASTAI + """
+import fastai_accum
+from fastai_accum import loop,losses,window,AccumulateOptimizer
+import fastai_accum.split
+assert not hasattr(fastai_accum, 'nonsense') and fastai_accum.__version__
+assert not any(m.split('.')[0]=='fastai' for m in sys.modules)
+"""
+    res = python(code)
+    assert not res.returncode, res.stderr
+
+@pytest.mark.parametrize('code', ('from fastai_accum import AccumulateStep', 'import fastai_accum; fastai_accum.MicroBatch', 'from fastai_accum import NoiseScale', 'from fastai_accum import AccumulationCheck',
+                                  'from fastai_accum import counts_elements', 'from fastai_accum import *'))
+def test_needs_fastai(code):
+    "Without fastai, what needs it says what to install when it is asked for"
+    res = python(NO_FASTAI+code)
+    assert res.returncode and 'ImportError: fastai_accum extends fastai, which is not installed' in res.stderr and '`pip install fastai`' in res.stderr
+
+def test_same_names():
+    "With fastai, all of these are there as soon as the package is imported"
+    names = 'AccumulateOptimizer AccumulateStep MicroBatch NoiseScale AccumulationCheck counts_elements'.split()
+    res = python(f"import fastai_accum as f; assert f.__all__=={names} and all(k in vars(f) for k in f.__all__) and '__getattr__' not in vars(f)")
+    assert not res.returncode, res.stderr
 
 def test_nothing_of_fastai_1():
     "With fastai 2 installed, the room of fastai 1 is not entered"
