@@ -23,7 +23,8 @@ PEERS = dict(
     ignite=('pytorch-ignite', [('ignite', 'Ignite {}', '`create_supervised_trainer(gradient_accumulation_steps=...)`')]),
     composer=('mosaicml', [('composer', 'Composer {}', '`device_train_microbatch_size`; `accumulate_train_batch_on_tokens` for ignored targets')]),
     keras=('keras', [('keras', 'Keras {} on torch', "the optimizer's `gradient_accumulation_steps` and `global_clipnorm`, `LossScaleOptimizer`; the schedule is in micro-batches, as documented")]),
-    fastai_accum=('fastai_accum', [('AccumulateStep', '**fastai_accum `AccumulateStep`**', '`n_step`'), ('MicroBatch', '**fastai_accum `MicroBatch`**', '`bs`; `sync_bn=True` in the column for BatchNorm')]))
+    fastai_accum=('fastai_accum', [('AccumulateStep', '**fastai_accum `AccumulateStep`**', '`n_step`'), ('MicroBatch', '**fastai_accum `MicroBatch`**', '`bs`; `sync_bn=True` in the column for BatchNorm')]),
+    accumulator=('fastai_accum', [('Accumulator', '**fastai_accum `Accumulator`**', 'a loop of its own, `n_step`')]))
 CASES = ('even', 'short last window', 'uneven micro-batches', 'both', 'windows of several sizes', 'ignored targets', 'class weights', 'clipped', 'two epochs', 'fp16-scaled', 'BatchNorm', 'one-cycle', 'lr_find')
 TIMED = 'tiny MLP','small ResNet','small transformer'
 GROW,WINDOWS = [2**i for i in range(7)],dict(zip(TIMED, (8,2))) # micro-batches of a batch of 64 in the picture; batches in an epoch, after a first one that is not timed
@@ -63,7 +64,7 @@ def draw(res, path):
     from matplotlib import pyplot as plt
     plt.rc('axes.spines', top=False, right=False)
     fig,axs = plt.subplots(1, 3, figsize=(12.5,4.2), layout='constrained')
-    ours = dict(AccumulateStep=dict(c='k', ls='--', lw=2, zorder=5), MicroBatch=dict(c='k', lw=2, zorder=5))
+    ours = dict(AccumulateStep=dict(c='k', ls='--', lw=2, zorder=5), MicroBatch=dict(c='k', lw=2, zorder=5), Accumulator=dict(c='k', ls=':', lw=2, zorder=5))
     for i,(k,row) in enumerate((k,r) for k,r in res['rows'].items() if 'growth' in r):
         kw = dict(label=re.sub(r'[*`]', '', row['label']), **ours.get(k, dict(c=plt.cm.tab20(i), lw=1.2, marker='.')))
         for ax,(p,what,unit) in zip(axs, (('tiny MLP','secs',1e-3), ('small ResNet','secs',1e-3), ('small ResNet','peak_bytes',2**20))):
