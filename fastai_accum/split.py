@@ -6,7 +6,7 @@
 __all__ = ['nested', 'again', 'part', 'even_cuts', 'even_sizes', 'even_parts', 'joined', 'Sliced']
 
 # %% ../nbs/04_split.ipynb #8ca61860
-import itertools,math
+import itertools,math,torch
 from collections.abc import MutableMapping
 from copy import copy
 from fastcore.foundation import L

@@ -162,7 +162,7 @@ def test_split():
     assert [len(o) for o in acc.split(x, 60)]==[30,31] and [len(o['a']) for o in acc.split({'a':x[:5]}, 3)]==[2,3]
     assert [len(o[0]['a']) for o in acc.split(({'a':x[:2]},{'b':y[:2]}), 1)]==[1,1] # two entries are not two samples
 
-@pytest.mark.parametrize('batch,bs,why', [((torch.ones(8,2),0.1), 4, r'`batch\[1\]` is a float in a batch of 8 samples'), ((torch.ones(7),torch.ones(8)), 4, r'`batch\[0\]` is a Tensor of shape \(7,\)'),
+@pytest.mark.parametrize('batch,bs,why', [((torch.ones(8,2),{1,2}), 4, r'`batch\[1\]` is a set of length 2 in a batch of 8 samples'), ((torch.ones(7),torch.ones(8)), 4, r'`batch\[0\]` is a Tensor of shape \(7,\)'),
     ({'a':torch.ones(8), 'b':torch.ones(3,8)}, 4, r"`batch\['b'\]` is a Tensor of shape \(3, 8\)"), ('abc', 2, 'nothing has a first dimension'), (torch.ones(8), 0, '`bs`=0: pass a positive integer')])
 def test_split_errors(batch, bs, why):
     with pytest.raises(ValueError, match=why) as e: Accumulator.split(batch, bs)
