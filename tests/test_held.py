@@ -1,0 +1,368 @@
+"Runs that would silently be another one: what other callbacks do at odd moments, and what batches, losses and loaders are made of"
+import pytest
+from fastai.callback.hook import ActivationStats
+from common import *
+
+N,BS,N_STEP = 58,4,4
+def fit(l): l.fit(3, 0.05)
+
+class At(Callback):
+    "Call `f(learn)` once, at the `k`-th `event`, but not within what `f` sets off"
+    order = 55
+    def __init__(self, event, f, k=1): self.event,self.f,self.k,self.n,self.res = event,f,k,0,None
+    def __call__(self, name):
+        if name!=self.event or self.n>=self.k: return
+        self.n += 1
+        if self.n==self.k: self.res = self.f(self.learn)
+
+WAYS = {'acc':(BS, partial(AccumulateStep, N_STEP)), 'micro':(BS*N_STEP, partial(MicroBatch, 3)), 'auto':(BS*N_STEP, partial(MicroBatch, 'auto'))}
+
+def pair(way, cbs=list, n=N, fit=fit, **kwargs):
+    "A large batch and `way`, each with callbacks of its own"
+    bs,acc = WAYS[way]
+    large,small = learner(n, BS*N_STEP, cbs=cbs(), **kwargs),learner(n, bs, acc(), cbs=cbs(), **kwargs)
+    for l in (large,small): run(l, fit)
+    return large,small
+
+def same(large, small, tol=1e-12):
+    assert rel(flat(large.model.parameters()), flat(small.model.parameters())) <= tol
+    assert [rel(s['weights'], t['weights'])<=tol for s,t in zip(large.trace.steps, small.trace.steps)]==[True]*len(large.trace.steps)
+    assert len(large.trace.steps)==len(small.trace.steps)
+
+def sound(learn):
+    "Nothing of ours is left on the learner"
+    assert not {'all_batches','one_batch','_do_one_batch','_do_grad_opt','_call_one','_backward'} & set(vars(learn))
+    assert type(learn.opt).__name__!='AccumulateOptimizer' and isinstance(learn.model, nn.Module)
+    assert not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
+
+# ---- scopes
+
+def aside(f):
+    "`f(learn)`, and then what it changed of the fit's progress as it was"
+    def _f(learn):
+        keep = {k:vars(learn)[k] for k in 'epoch n_epoch loss train_iter pct_train dl iter n_iter xb yb pred loss_grad training'.split() if k in vars(learn)}
+        f(learn)
+        vars(learn).update(keep)
+        learn.model.train(learn.training)
+    return _f
+
+@pytest.mark.parametrize('f', (Self.validate(), Self.get_preds(), Self.get_preds(ds_idx=0)), ids=('validate','get_preds','get_preds of training'))
+@pytest.mark.parametrize('event', ('before_epoch','before_train','after_train','before_validate','after_validate','after_epoch','after_batch','after_step'))
+@pytest.mark.parametrize('way', WAYS)
+def test_validation_by_a_callback(way, event, f):
+    "At any event: it neither takes up nor loses what belongs to the fit"
+    large,small = pair(way, lambda: [At(event, aside(f), k=2)])
+    same(large, small)
+    sound(small)
+
+@pytest.mark.parametrize('f', (Self.validate(), Self.get_preds()), ids=('validate','get_preds'))
+@pytest.mark.parametrize('event', ('before_epoch','before_validate','after_validate','after_epoch'))
+def test_validation_between_the_parts_of_a_carried_window(event, f):
+    "The window goes on as without it"
+    def one(*cbs): return run(learner(N, BS, AccumulateStep(N_STEP, leftover='carry'), cbs=cbs), fit)
+    plain,other = one(),one(At(event, f, k=3))
+    same(plain, other)
+
+@pytest.mark.parametrize('event', ('before_batch','after_pred','after_loss','after_backward','after_step','after_batch','before_epoch','after_epoch'))
+def test_fit_within_a_fit(event):
+    "A callback trains for an epoch in the midst of it: both fits are what they would be, and in a window that is open nothing is lost"
+    def inner(l):
+        keep = {k:vars(l)[k] for k in ('epoch','n_epoch','loss','train_iter','pct_train','dl','iter','n_iter','xb','yb','pred','loss_grad','training') if k in vars(l)}
+        l.fit(1, 0.02, cbs=Inner())
+        vars(l).update(keep)
+        l.training = event not in ('before_epoch','after_epoch')
+        l.model.train(l.training)
+    class Inner(Callback): pass
+    small = learner(N, BS, AccumulateStep(N_STEP), cbs=At(event, inner, k=2))
+    run(small, fit)
+    sound(small)
+    assert len(small.trace.steps)==4*4
+
+@pytest.mark.parametrize('way', WAYS)
+def test_events_outside_of_a_fit(way):
+    "fastai's own idiom of telling an event, or computing a batch, without a fit"
+    bs,acc = WAYS[way]
+    large,small = learner(64, 16),learner(64, 16, acc())
+    for l in (large,small):
+        seed()
+        l.remove_cb(Trace)
+        l.create_opt()
+        l.opt.set_hypers(lr=0.1)
+        l.training,l.iter = True,0
+        l.train_iter = l.pct_train = l.epoch = l.n_iter = 1
+        l.model.train()
+        b = l.dls.one_batch()
+        l._split(b)
+        l('before_batch')
+        l.one_batch(0, b)
+    assert rel(flat(large.model.parameters()), flat(small.model.parameters()))<1e-12
+    sound(small)
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('k', (1,2,4,5))
+def test_batch_cancelled_ahead_of_everybody(way, k):
+    "By a callback that hears of it first"
+    class First(At): order = -200
+    def cancel(l): raise CancelBatchException
+    bs,acc = WAYS[way]
+    small = run(learner(64, bs, acc(), cbs=First('before_batch', cancel, k)), lambda l: l.fit(1, 0.05))
+    assert len(small.trace.steps)==4 if way=='acc' else 3
+    sound(small)
+
+@pytest.mark.parametrize('event', ('before_fit','before_epoch','before_train','before_batch','after_pred','after_step','after_batch','after_epoch'))
+def test_added_in_a_fit(event):
+    "From the next epoch on at the latest it accumulates; taken out again, training is plain"
+    small = run(learner(64, BS, cbs=At(event, lambda l: l.add_cb(AccumulateStep(N_STEP)), k=1)), fit)
+    assert len(small.trace.steps) in (12,24)
+    sound(small)
+    small.detach_accum()
+    n = len(small.trace.steps)
+    small.fit(1, 0.1)
+    assert len(small.trace.steps)==n+16
+    sound(small)
+
+@pytest.mark.parametrize('event', ('before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch','after_train','before_validate','after_epoch'))
+@pytest.mark.parametrize('way', ('acc','micro'))
+def test_removed_in_a_fit(way, event):
+    "Between windows it goes; within one that is refused, and the learner is sound"
+    bs,acc = WAYS[way]
+    learn = learner(64, bs, acc(), cbs=At(event, lambda l: l.remove_cbs([cb for cb in l.cbs if isinstance(cb, (AccumulateStep,MicroBatch))]), k=2))
+    try: run(learn, fit)
+    except ValueError as e: assert 'can\'t be taken out while micro-batches of one step are under way' in str(e)
+    sound(learn)
+    before = flat(learn.model.parameters())
+    learn.fit(1, 0.1)
+    assert rel(before, flat(learn.model.parameters()))>1e-6
+    sound(learn)
+
+@pytest.mark.parametrize('event', ('before_batch','after_pred','before_backward','after_step','after_batch','before_epoch','before_validate'))
+@pytest.mark.parametrize('way', ('acc','micro'))
+def test_copies(way, event):
+    "A copy that is taken in the midst of a fit trains as one that was taken before"
+    bs,acc = WAYS[way]
+    def copied(l):
+        graph = [v for v in vars(l).values() if isinstance(v, Tensor) and v.grad_fn is not None]
+        return deepcopy(l, {id(v):v.detach() for v in graph})
+    at = At(event, copied, k=3)
+    learn = run(learner(64, bs, acc(), cbs=at), fit)
+    other = at.res
+    assert not {'all_batches','one_batch','_do_one_batch','_do_grad_opt'} & set(vars(other)) and type(other.opt).__name__ in ('Optimizer','AccumulateOptimizer')
+    other.remove_cb(At)
+    other.trace.steps = []
+    seed()
+    other.fit(1, 0.05)
+    assert len(other.trace.steps)==4
+    sound(other)
+
+def test_fit_that_dies_between_epochs():
+    "Nothing of ours stays on the learner, whatever event it dies at"
+    for event in ('before_fit','before_epoch','before_train','after_train','before_validate','after_epoch','after_fit'):
+        for bs,acc in WAYS.values():
+            def boom(l): raise KeyboardInterrupt
+            learn = learner(64, bs, acc(), cbs=At(event, boom))
+            with pytest.raises(KeyboardInterrupt): run(learn, fit)
+            sound(learn)
+
+def test_a_method_that_was_put_on_the_learner():
+    "It would stand before ours: said before the fit"
+    learn = learner(64, BS, AccumulateStep(N_STEP))
+    learn.all_batches = lambda: None
+    with pytest.raises(ValueError, match='`learn.all_batches` is .* whose place AccumulateStep has to take'): learn.fit(1)
+
+def test_learner_of_another_class():
+    "A learner that gets another class, and a host that finds that out as the fit begins"
+    class Mine(Learner): pass
+    large,small = learner(N, 16),learner(N, BS, AccumulateStep(N_STEP))
+    small.__class__ = Mine
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    small.detach_accum()
+    assert type(small) is Mine
+
+# ---- schedules
+
+@pytest.mark.parametrize('acc', (partial(AccumulateStep, N_STEP), partial(AccumulateStep, n_samples=16)), ids=('n_step','n_samples'))
+@pytest.mark.parametrize('n', (64,70,73,79))
+def test_dropped_micro_batches_move_nothing(n, acc):
+    "Hyper-parameters after a fit, and the fit after it, are those of a loader that drops its last batch"
+    large,small = learner(n, 16, drop_last=True),learner(n, BS, acc(leftover='drop'))
+    for l in (large,small): run(l, lambda l: l.fit_one_cycle(2, 0.02))
+    assert_same_run(large, small, 1e-12, batches=False)
+    assert [dict(h) for h in large.opt.hypers]==[dict(h) for h in small.opt.hypers]
+    for l in (large,small): run(l, lambda l: l.fit(1))
+    same(large, small)
+
+def test_loader_longer_than_its_len():
+    "A window that is closed too early, as the loader's end was expected, is told"
+    class Long(DataLoader):
+        def __len__(self): return 6
+    learn = learner(64, BS, AccumulateStep(N_STEP))
+    learn.dls.loaders[0] = Long(learn.dls.train.dataset, bs=BS)
+    with pytest.warns(UserWarning, match='gave more than the 6 micro-batches of its `len`'): run(learn, lambda l: l.fit(1, 0.01))
+
+# ---- gradients
+
+class Free(nn.Sequential):
+    "A net with a parameter that the optimizer does not have"
+    def __init__(self):
+        super().__init__(*net())
+        self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, x): return super().forward(x)*self.scale
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('loss', (nn.CrossEntropyLoss(), nn.MultiMarginLoss()), ids=('known','unknown'))
+def test_parameters_outside_of_the_optimizer(way, loss):
+    "Nobody zeroes their gradients, which only add up: windows that are uneven do not scale what others left"
+    bs,acc = WAYS[way]
+    def mk(bs, acc=None):
+        l = learner(N, bs, acc, model=Free, loss_func=loss, cbs=GradientClip(0.01))
+        l.splitter = lambda m: [params(m[0]), params(m[2])]
+        return l
+    large,small = mk(16),mk(bs, acc())
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    assert rel(large.model.scale.grad, small.model.scale.grad)<1e-12
+
+class Scaled:
+    "A plain class of a loss with a parameter"
+    def __init__(self): self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    def __call__(self, pred, targ): return F.cross_entropy(pred*self.scale, targ)
+
+@pytest.mark.parametrize('way', WAYS)
+def test_loss_with_an_optimizer_of_its_own(way):
+    "Its parameters get the window's final scale, too"
+    class OwnSteps(Callback):
+        def before_fit(self): self.sgd = torch.optim.SGD([self.loss_func.scale], lr=0.1)
+        def after_step(self): self.sgd.step(); self.sgd.zero_grad()
+    bs,acc = WAYS[way]
+    large,small = (learner(N, b, a, loss_func=Scaled(), cbs=OwnSteps()) for b,a in ((16,None),(bs,acc())))
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    assert rel(large.loss_func.scale, small.loss_func.scale)<1e-12
+
+class Counted(nn.Module):
+    "A loss with a parameter, and targets that may all be ignored"
+    def __init__(self, kind=noop):
+        super().__init__()
+        self.kind,self.scale = kind,nn.Parameter(torch.ones((), dtype=torch.float64))
+    def denominator(self, pred, targ): return self.kind((targ>=0).sum())
+    def forward(self, pred, targ):
+        mask = targ>=0
+        return (F.cross_entropy(pred*self.scale, targ.clamp(min=0), reduction='none')*mask).sum()/mask.sum()
+
+@pytest.mark.parametrize('kind', (noop,int), ids=('tensor','number'))
+@pytest.mark.parametrize('way', ('acc','micro'))
+def test_loss_with_parameters_where_nothing_counts(way, kind):
+    "A micro-batch that divides by 0 leaves no nan in the loss's parameters"
+    x,y = problem(N+16)
+    y[:4],y[20:24] = -1,-1
+    bs,acc = WAYS[way]
+    def mk(bs, acc=None):
+        l = learner(N, bs, acc, data=(x,y), loss_func=Counted(kind), shuffle=False)
+        l.splitter = lambda m: [params(m), [l.loss_func.scale]]
+        return l
+    large,small = mk(16),mk(bs, MicroBatch(4) if way=='micro' else acc())
+    for l in (large,small): run(l, fit)
+    assert small.loss_func.scale.isfinite()
+    same(large, small)
+
+def test_memory_runs_out_beside_a_plain_loss_with_a_parameter():
+    "The attempt leaves nothing in its gradient"
+    class Limit(nn.Module):
+        def __init__(self): super().__init__(); self.n = 0
+        def forward(self, x):
+            if len(x)>8: raise torch.OutOfMemoryError('out of memory')
+            return x
+    class Late(Callback):
+        "Memory runs out in the second micro-batch of the first attempt with 8"
+        order,n = 98,0
+        def after_loss(self):
+            self.n += 1
+            if self.n==2: raise torch.OutOfMemoryError('out of memory')
+    def model(): return nn.Sequential(Limit(), *net())
+    def mk(acc=None, *cbs):
+        l = learner(N, 16, acc, model=net if acc is None else model, loss_func=Scaled(), cbs=cbs)
+        l.splitter = lambda m: [params(m), [l.loss_func.scale]]
+        return l
+    large,small = mk(),mk(MicroBatch('auto'), Late())
+    for l in (large,small): run(l, fit)
+    same(large, small)
+
+class Zeroes(Callback):
+    "Zero gradients after a backward pass"
+    def after_backward(self): self.opt.zero_grad()
+
+def test_calls_of_the_optimizer_in_a_window_are_told():
+    with pytest.warns(UserWarning, match=r'`opt.zero_grad\(\)` was called within a window of AccumulateStep and did nothing'):
+        run(learner(64, BS, AccumulateStep(N_STEP), cbs=Zeroes()), fit)
+
+# ---- samples
+
+def boxes(b): return torch.stack([x for x,_ in b]),torch.cat([y for _,y in b])
+@pytest.mark.parametrize('unit', ('n_step','n_samples'))
+def test_targets_that_are_not_by_samples(unit):
+    "Boxes of all images: samples are counted in the inputs"
+    g = torch.Generator().manual_seed(3)
+    ks = torch.randint(1, 6, (N+16,), generator=g)
+    items = [(torch.randn(6, generator=g, dtype=torch.float64), torch.cat([torch.full((int(k),1), float(i)), torch.randn(int(k), 3, generator=g)], 1).double()) for i,k in enumerate(ks)]
+    def loss(pred, targ):
+        "The mean over images of a sum over each one's boxes"
+        ids = targ[:,0].unique(sorted=False)
+        first = {float(i):k for k,i in enumerate(dict.fromkeys(targ[:,0].tolist()))}
+        rows = torch.tensor([first[i] for i in targ[:,0].tolist()])
+        return (pred[rows]-targ[:,1:]).pow(2).sum()/len(pred)
+    def mk(bs, acc=None):
+        l = learner(N, bs, acc, loss_func=loss)
+        l.dls.loaders[:] = [DataLoader(o, bs=bs, shuffle=s, create_batch=boxes) for o,s in ((items[:N], True), (items[N:], False))]
+        l.dls.n_inp = 1
+        return l
+    large,small = mk(16),mk(BS, AccumulateStep(N_STEP) if unit=='n_step' else AccumulateStep(n_samples=16))
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    with pytest.raises(ValueError, match=r'`yb\[0\]` is a Tensor of shape .* in a batch of 16 samples'): run(mk(16, MicroBatch(4)), fit)
+
+@pytest.mark.parametrize('way', WAYS)
+def test_loss_of_one_element(way):
+    "A loss of shape (1,) is recorded as the large batch's"
+    large,small = pair(way, loss_func=lambda p,t: F.cross_entropy(p, t).view(1), cbs=list)
+    same(large, small)
+    assert rel([b['loss'] for b in large.trace.batches], [b['loss'] for b in small.trace.batches])<1e-12
+
+@pytest.mark.parametrize('bs', ('auto',3))
+def test_inference_mode(bs):
+    "Predictions under `torch.inference_mode`, as `load_learner(...).predict` may be called"
+    large,small = learner(64, 16),learner(64, 16, MicroBatch(bs, valid=True))
+    for l in (large,small): run(l, lambda l: l.fit(1, 0.1))
+    with torch.inference_mode(): a,b = (l.get_preds()[0] for l in (large,small))
+    assert rel(a, b)<1e-12
+
+# ---- arguments
+
+@pytest.mark.parametrize('make,match', (
+    (lambda: MicroBatch(8, sync_bn=1), '`sync_bn`=1'), (lambda: MicroBatch(8, valid='x'), "`valid`='x'"), (lambda: MicroBatch(8, offload=True), '`offload`=True'),
+    (lambda: AccumulateStep(4, normalize=np.array(['auto'])), '`normalize`=array'), (lambda: AccumulateStep(4, sync_bn=1), '`sync_bn`=1'),
+    (lambda: AccumulateStep(4, leftover=np.array(['step','drop'])), '`leftover`=array')))
+def test_arguments(make, match):
+    with pytest.raises(ValueError, match=match): make()
+
+@pytest.mark.parametrize('split,match', (
+    (lambda xb,yb,bs: None, 'returned None: return a list of'), (lambda xb,yb,bs: 3, 'returned 3'), (lambda xb,yb,bs: [xb,yb,bs], 'return a list of'),
+    (lambda xb,yb,bs: [(tuple(x[i:i+8] for x in xb),tuple(y[i:i+8] for y in yb)) for i in (0,8)], r'parts of \[8, 8\] samples where `bs`=4 were asked for'),
+    (lambda xb,yb,bs: [(tuple(x[:4] for x in xb),tuple(y[:4] for y in yb))]*3, r'parts of \[4, 4, 4\] samples for a batch of 16')))
+def test_splits(split, match):
+    learn = learner(64, 16, MicroBatch(4, split=split))
+    with pytest.raises(ValueError, match=match): run(learn, fit)
+    sound(learn)
+
+@pytest.mark.parametrize('way', WAYS)
+def test_nothing_to_train(way):
+    bs,acc = WAYS[way]
+    learn = learner(64, bs, acc())
+    learn.create_opt()
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    with pytest.raises(ValueError, match='no parameter of `learn.model` has `requires_grad`'): run(learn, fit)
+
+def test_hooks_for_each_batch_beside_windows_of_one():
+    "Where each micro-batch is a step, nothing can go wrong"
+    run(learner(64, 16, AccumulateStep(1), cbs=ActivationStats(every=2)), fit)
+    with pytest.raises(ValueError, match='take `every=None`'): run(learner(64, BS, AccumulateStep(N_STEP), cbs=ActivationStats(every=2)), fit)
