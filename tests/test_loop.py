@@ -316,6 +316,7 @@ def test_no_poison(where):
         acc.backward(m(data[0][:4]), data[1][:4])
         boom('loop')
     on.clear()
+    if where not in ('loop','loss'): assert acc.win is None and all(p.grad is None for p in m.parameters()) # it has dropped what may be half done
     acc.drop()
     assert acc.win is None and all(p.grad is None for p in m.parameters())
     m2 = deepcopy(m)
@@ -476,7 +477,10 @@ class Comm:
         return self.f(t, *args, **kwargs)
 
 def work(c):
+    from fastai_accum import window
     m,o = start(c.opt, c.model)
+    reduce_grads,after = window.reduce_grads,[]
+    window.reduce_grads = lambda model: after.append(1) or reduce_grads(model)
     ddp,steps = DistributedDataParallel(m, **c.ddp),[]
     with Comm(ddp) as comm:
         acc = Accumulator(ddp, o, c.loss, scaler=torch.amp.GradScaler('cpu', init_scale=1024.) if c.scaler else None, before_step=(lambda: clip(m)) if c.clip else None,
@@ -484,11 +488,11 @@ def work(c):
         for _ in range(EPOCHS):
             with acc:
                 for x,y in shards(c)[torch.distributed.get_rank()]: acc.backward(ddp(x), y)
-    refused = []
+    window.reduce_grads,refused = reduce_grads,[]
     for kw in (dict(model=m), dict(loss_func=nn.Bilinear(3, 3, 1))):
         try: Accumulator(**{**dict(model=ddp, opt=o, loss_func=CE), **kw})
         except ValueError as e: refused.append(str(e))
-    return dict(steps=steps, state=state(o), losses=flat(acc.losses), log=comm.log, synced=ddp.require_backward_grad_sync, refused=refused)
+    return dict(steps=steps, state=state(o), losses=flat(acc.losses), log=comm.log, after=len(after), synced=ddp.require_backward_grad_sync, refused=refused)
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory): return in_two(__file__, tmp_path_factory.mktemp('loop'), CASES)
@@ -519,6 +523,11 @@ def test_one_reduction(name, two):
     for r in two(name):
         assert Counter(r['log'])=={sum(p.numel() for p in c.model().parameters()):n, 2:n, 1:EPOCHS}
         assert r['synced']
+
+@pytest.mark.parametrize('name,after', (('ignored',0), ('window of one',0), ('short last window',EPOCHS), ('n_samples',2*EPOCHS), ('flush alone',EPOCHS)))
+def test_reduced_while_it_goes(name, after, two):
+    "Gradients are sent in the backward pass itself if it was known to be a window's last, and after it otherwise"
+    for r in two(name): assert r['after']==after
 
 def test_refused_in_two(two):
     for r in two('ignored'): assert 'whose gradients nothing averages: pass a `DistributedDataParallel`' in r['refused'][0] and 'has parameters of its own' in r['refused'][1]
