@@ -5,6 +5,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_accum/accumulate.py'),
                                          'fastai_accum.accumulate.AccumulateMethods.__call__': ( 'accumulate.html#accumulatemethods.__call__',
                                                                                                  'fastai_accum/accumulate.py'),
+                                         'fastai_accum.accumulate.AccumulateMethods.__reduce_ex__': ( 'accumulate.html#accumulatemethods.__reduce_ex__',
+                                                                                                      'fastai_accum/accumulate.py'),
                                          'fastai_accum.accumulate.AccumulateMethods._with_events': ( 'accumulate.html#accumulatemethods._with_events',
                                                                                                      'fastai_accum/accumulate.py'),
                                          'fastai_accum.accumulate.AccumulateMethods.all_batches': ( 'accumulate.html#accumulatemethods.all_batches',

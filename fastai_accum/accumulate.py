@@ -40,6 +40,11 @@ class AccumulateMethods(HostMethods):
             host._before_step(self)
         own_class(type(self))._with_events(self, f, event_type, ex, final)
 
+    def __reduce_ex__(self, protocol): # a copy does not wait for the end of a window
+        f,args,state,*rest = HostMethods.__reduce_ex__(self, protocol)
+        if isinstance(opt := state.get('opt'), AccumulateOptimizer): state = {**state, 'opt':opt.wrapped}
+        return f,args,state,*rest
+
     def __call__(self, event_name):
         host = host_of(self) if event_name in micro_events else None
         if host is None or host.part is None: own_class(type(self)).__call__(self, event_name)
