@@ -127,7 +127,7 @@ def _n_win(self:AccumulateStep, dl):
 def _missing(dl):
     "How many samples the last batch of `dl` is short of"
     n = getattr(dl, 'n', None)
-    return 0 if n is None or getattr(dl, 'drop_last', False) else -n%dl.bs
+    return -n%dl.bs if n and len(dl)==math.ceil(n/dl.bs) else 0 # else it leaves samples out
 
 # %% ../nbs/09_accumulate.ipynb #af565463
 class TrainPart:

@@ -307,7 +307,7 @@ def _join_all(self:MicroBatch, learn, passes):
     else:
         if not win.count: # in validation, or if no backward pass was made
             for l,c in seen: win.add(l, c)
-        learn.loss = win.mean_loss
+        learn.loss = win.mean_loss if learn.training or win.reduction=='none' else win.loss/win.denom # nan if nothing counts, as without the callback
     learn.loss_grad = learn.loss.clone()
 
 @patch
