@@ -27,54 +27,90 @@ from .microbatch import *
 # %% ../nbs/14_check.ipynb #9e91f870
 def _fresh(o): return o.detach().clone() if isinstance(o, Tensor) else o
 
+def _first_batches(dl, unit, size):
+    "The first batches of `dl`, as many as make `size` micro-batches ('n_step') or samples, and the samples in each"
+    batches,sizes = [],[]
+    for b in dl:
+        batches.append(b)
+        sizes.append(n_samples(b[-1:], b[:1]))
+        if (len(batches) if unit=='n_step' else sum(sizes))>=size: break
+    if not batches: raise ValueError("`dl` gave no batch: pass a loader or a list that does")
+    return batches,sizes
+
+def _concatenated(batches):
+    "Batches as one, tensor by tensor"
+    if len(batches)==1: return batches[0]
+    try: return nested(lambda *ts: torch.cat(ts), *batches)
+    except (RuntimeError,TypeError) as e:
+        raise ValueError(f"the batches of `dl` can't be made one ({e}): pass batches whose shapes agree, "
+                         "or one of fastai's loaders") from e
+
+def _remade(dl, unit, size):
+    "What `_one_batch` returns, by one of fastai's loaders"
+    dl = deepcopy(dl, {id(dl.dataset): dl.dataset})
+    do_batch,items = dl.do_batch,[]
+    def noting_items(b):
+        items.extend(b)
+        return do_batch(b)
+    dl.do_batch = noting_items
+    with dl.fake_l.no_multiproc(): batches,sizes = _first_batches(dl, unit, size)
+    if len(batches)==1 or not items: return sizes,_concatenated(batches)
+    sort = getattr(dl, 'sort_func', None)
+    batch = do_batch(sorted(items, key=sort, reverse=True) if sort else items)
+    return sizes,dl.after_batch(batch if dl.device is None else to_device(batch, dl.device))
+
 def _one_batch(dl, unit, size):
-    "The sizes of the first batches of `dl`, as many as make `size` micro-batches ('n_step') or samples, and all their samples as one batch; `dl` stays as it is"
-    fast,bs,sizes,items = isinstance(dl, DataLoader) and not dl.prebatched,[],[],[]
-    if fast:
-        dl = deepcopy(dl, {id(dl.dataset): dl.dataset})
-        make,dl.do_batch = dl.do_batch,lambda b: make(items.extend(b) or b)
-    with dl.fake_l.no_multiproc() if fast else nullcontext():
-        for b in dl:
-            bs.append(b)
-            sizes.append(n_samples(b[-1:], b[:1]))
-            if (len(bs) if unit=='n_step' else sum(sizes))>=size: break
-    if not bs: raise ValueError("`dl` gave no batch: pass a loader or a list that does")
-    if len(bs)==1: return sizes,bs[0]
-    if not items:
-        try: return sizes,nested(lambda *ts: torch.cat(ts), *bs)
-        except (RuntimeError,TypeError) as e: raise ValueError(f"the batches of `dl` can't be made one ({e}): pass batches whose shapes agree, or one of fastai's loaders") from e
-    if sort := getattr(dl, 'sort_func', None): items = sorted(items, key=sort, reverse=True)
-    return sizes,dl.after_batch(make(items) if dl.device is None else to_device(make(items), dl.device))
+    "The sizes of the first batches of `dl`, as in `_first_batches`, and all their samples as one batch; `dl` stays as it is"
+    if isinstance(dl, DataLoader) and not dl.prebatched: return _remade(dl, unit, size)
+    batches,sizes = _first_batches(dl, unit, size)
+    return sizes,_concatenated(batches)
 
 # %% ../nbs/14_check.ipynb #b0b40d10
-_accums,_halves = (AccumulateStep,MicroBatch,GradientAccumulation),(MixedPrecision,ModelToHalf,NonNativeMixedPrecision)
+_accums = AccumulateStep,MicroBatch,GradientAccumulation
+_mixed_precision = MixedPrecision,ModelToHalf,NonNativeMixedPrecision
 
 def _takes_part(cb):
-    acts = 'before_train','before_batch','after_pred','after_loss','before_backward','after_backward'
-    return not isinstance(cb, (Recorder,ProgressCallback,*_accums,*_halves)) and any(hasattr(cb, o) for o in acts)
+    "May `cb` change what a step is made of?"
+    if isinstance(cb, (Recorder,ProgressCallback,*_accums,*_mixed_precision)): return False
+    events = 'before_train','before_batch','after_pred','after_loss','before_backward','after_backward'
+    return any(hasattr(cb, o) for o in events)
+
+def _detached(objs):
+    "Copies, by id, of tensors that the last fit has left on `objs`, as those that have a graph can't be copied with it"
+    ts = [t for o in objs for v in vars(o).values() for t in (v if isinstance(v, (list,tuple)) else [v])]
+    return {id(t):_fresh(t) for t in ts if isinstance(t, Tensor) and not t.is_leaf}
+
+def _keep_dtype(model, loss_func):
+    "Let fastai's types, as in `DynamicUnet`, and its losses not make float32 of float64"
+    for m in model.modules():
+        if isinstance(m, ToTensorBase): m.tensor_cls = lambda x, cls=m.tensor_cls: x.as_subclass(cls)
+    for f in _wrapped(loss_func):
+        if isinstance(f, BaseLoss):
+            f._contiguous = lambda x, axis=f.axis: x.transpose(axis, -1).contiguous() if isinstance(x, Tensor) else x
+
+def _wrapped(loss_func):
+    "`loss_func`, and the losses that it wraps"
+    while loss_func is not None:
+        yield loss_func
+        loss_func = getattr(loss_func, 'func', None)
 
 def _copy(learn, dtype, device):
     "A copy of `learn` in `dtype`, of all that takes part in a step, without callbacks that accumulate, record or log"
-    o,cbs = copy(learn),learn.cbs.filter(_takes_part)
+    res,cbs = copy(learn),learn.cbs.filter(_takes_part)
     for cb in learn.cbs:
-        if cb not in cbs: vars(o).pop(cb.name, None)
-    o._end_cleanup()
-    vars(o).update(opt=None, opt_func=SGD, loss_grad=None, logger=noop, cbs=cbs, dls=copy(learn.dls), lr_finder=None) # who has a finder, fastai's loggers leave alone
-    memo = {id(learn):o, id(o):o, id(o.dls):o.dls}
-    for p in (*cbs,*learn.model.modules(),*hook_owners(learn.model)): # what the last fit has left may have a graph, and can't be copied with it
-        ts = [t for v in vars(p).values() for t in (v if isinstance(v, (list,tuple)) else [v])]
-        memo.update((id(t),_fresh(t)) for t in ts if isinstance(t, Tensor) and not t.is_leaf)
-    vars(o).update(deepcopy(o.__getstate__(), memo))
-    o.dls._device = device
-    o.model.to(device=device, dtype=dtype).train()
-    for m in o.model.modules():
-        if isinstance(m, ToTensorBase): m.tensor_cls = lambda x, typ=m.tensor_cls: x.as_subclass(typ) # fastai's types make float32 of float64, in `DynamicUnet`
-    f = o.loss_func
-    while f is not None:
+        if cb not in cbs: vars(res).pop(cb.name, None)
+    res._end_cleanup()
+    vars(res).update(cbs=cbs, dls=copy(learn.dls), opt=None, opt_func=SGD, loss_grad=None, logger=noop)
+    res.lr_finder = None # who has a finder, fastai's loggers leave alone
+    memo = _detached((*cbs,*learn.model.modules(),*hook_owners(learn.model)))
+    memo.update({id(learn):res, id(res):res, id(res.dls):res.dls})
+    vars(res).update(deepcopy(res.__getstate__(), memo))
+    res.dls._device = device
+    res.model.to(device=device, dtype=dtype).train()
+    for f in _wrapped(res.loss_func):
         if isinstance(f, nn.Module): f.to(device=device, dtype=dtype)
-        if isinstance(f, BaseLoss): f._contiguous = lambda x, axis=f.axis: x.transpose(axis, -1).contiguous() if isinstance(x, Tensor) else x # so do its losses
-        f = getattr(f, 'func', None)
-    return o
+    _keep_dtype(res.model, res.loss_func)
+    return res
 
 class _Batches(GetAttr):
     "`dl` with other batches; each time they are fresh, as callbacks may change them in place"
@@ -83,172 +119,222 @@ class _Batches(GetAttr):
     def __len__(self): return len(self.batches)
     def __iter__(self): return (nested(_fresh, b) for b in self.batches)
 
-def _outs(pred):
+def _outputs(pred):
     "The tensors in `pred` that pass on a gradient"
     res = []
     nested(lambda t: res.append(t) if isinstance(t, Tensor) and t.requires_grad else None, pred)
     return res
 
 def _slopes(loss, pred):
-    "Gradients of `loss` with respect to the tensors in `pred`"
-    outs = _outs(pred)
-    return [ifnone(g, torch.zeros_like(o)) for o,g in zip(outs, torch.autograd.grad(loss, outs, retain_graph=True, allow_unused=True) if outs else [])]
+    "Gradients of `loss` with respect to the model's outputs, the tensors in `pred`"
+    outs = _outputs(pred)
+    if not outs: return []
+    grads = torch.autograd.grad(loss, outs, retain_graph=True, allow_unused=True)
+    return [ifnone(g, torch.zeros_like(o)) for o,g in zip(outs, grads)]
 
-class _Look(Callback):
-    "Note what first comes to the loss and its slopes there, and let `say(i, pred, loss)` be what is differentiated of micro-batch `i`"
+class _AtLoss(Callback):
+    "Note what first comes to the loss and its slopes there, and let `surrogate(i, pred, loss)` be what is differentiated of micro-batch `i`"
     order = GradientAccumulation.order-1
-    def __init__(self, say): self.say,self.sizes = say,[]
+    def __init__(self, surrogate): self.surrogate,self.sizes = surrogate,[]
     def after_loss(self):
         if not self.sizes: self.seen = dict(pred=nested(_fresh, self.pred), targ=self.yb, slopes=_slopes(self.loss_grad, self.pred))
         self.sizes.append(n_samples(self.yb, self.xb))
-        if self.say: self.learn.loss_grad = self.say(len(self.sizes)-1, self.pred, self.loss_grad)
+        if self.surrogate: self.learn.loss_grad = self.surrogate(len(self.sizes)-1, self.pred, self.loss_grad)
 
-class _Grab(Callback):
+class _AtStep(Callback):
     "Put what is in `off` in evaluation mode, keep what a step would be made of, and end the fit"
     order = GradientAccumulation.order+1
     def __init__(self, off): self.off = off
     def before_batch(self):
         for m in self.model.modules():
-            if ('batchnorm' if isinstance(m, _BatchNorm) else 'random') in self.off and not isinstance(m, nn.RNNBase): m.training = False # cuDNN's RNNs have no backward pass then
-    def after_train(self): self.before_step(False)
-    def before_step(self, stepped=True):
-        self.stepped = stepped
-        self.grads = {n:torch.zeros_like(p) if p.grad is None else _fresh(p.grad) for n,p in self.model.named_parameters() if p.requires_grad}
-        self.bufs,self.shown = {n:_fresh(b) for n,b in self.model.named_buffers()},float(self.learn.loss.detach())
+            cause = 'batchnorm' if isinstance(m, _BatchNorm) else 'random'
+            if cause in self.off and not isinstance(m, nn.RNNBase): m.training = False # cuDNN's RNNs have no backward pass then
+    def before_step(self): self._end(stepped=True)
+    def after_train(self): self._end(stepped=False)
+    def _end(self, stepped):
+        params = [(n,p) for n,p in self.model.named_parameters() if p.requires_grad]
+        self.kept = dict(grads={n:torch.zeros_like(p) if p.grad is None else _fresh(p.grad) for n,p in params},
+                         bufs={n:_fresh(b) for n,b in self.model.named_buffers()}, loss=float(self.learn.loss.detach()), stepped=stepped)
         raise CancelFitException
 
 # %% ../nbs/14_check.ipynb #bdc32f00
 def _cut(o, sizes):
     "`o` in parts of `sizes` samples"
-    n,ends = sum(sizes),[0,*itertools.accumulate(sizes)]
-    return [part(o, i, j, n) for i,j in zip(ends, ends[1:])] if len(sizes)>1 else [o]
+    if len(sizes)<2: return [o]
+    ends = [0,*itertools.accumulate(sizes)]
+    return [part(o, i, j, ends[-1]) for i,j in zip(ends, ends[1:])]
 
 def _norm(ts): return math.sqrt(sum(float(t.norm())**2 for t in ts))
-def _far(a, b): return _norm(a.grads[k]-g for k,g in b.grads.items())/_norm(b.grads.values())
 def _dot(a, b): return sum(float((p*q).sum()) for p,q in zip(a, b))
+def _grad_norm(step): return _norm(step.grads.values())
+def _grad_diff(a, b): return _norm(a.grads[n]-g for n,g in b.grads.items())
+def _rel_diff(a, b): return _grad_diff(a, b)/_grad_norm(b)
 
 class _Trial:
     "Steps of a large batch and of its micro-batches, on copies of `learn` and without the causes in `off`"
-    def __init__(self, learn, cb, whole, sizes, dtype, device):
+    def __init__(self, learn, cb, whole, batch_sizes, dtype, device):
         store_attr()
-        self.kept,self.w,self.n = {},None,1
+        self.repeats,self.large_steps = 1,{} # how often a step is made; the mean steps of the large batch so far, by `off`
+        self.micro_sizes = self.weights = None # of the micro-batches that `cb` makes: their samples, and what their losses weigh
 
-    def fit(self, *args, **kwargs):
-        "A step, or if `n` is more than 1 the mean of so many, of which `err` is the standard error"
-        res,var = self.one(*args, **kwargs),0.
-        for k in range(1, self.n):
-            o = self.one(*args, **kwargs)
-            var += _norm(o.grads[p]-g for p,g in res.grads.items())**2*k/(k+1)/self.n/(self.n-1)
-            for g,q in zip((*res.grads.values(),*res.slopes), (*o.grads.values(),*o.slopes)): g.lerp_(q, 1/(k+1))
+    def step(self, *args, **kwargs):
+        "A step, or the mean of as many as `repeats` says, of which `err` is the standard error"
+        res,var = self._one_step(*args, **kwargs),0.
+        for k in range(1, self.repeats):
+            new = self._one_step(*args, **kwargs)
+            var += _grad_diff(new, res)**2*k/(k+1)/self.repeats/(self.repeats-1)
+            for mean,g in zip((*res.grads.values(),*res.slopes), (*new.grads.values(),*new.slopes)): mean.lerp_(g, 1/(k+1))
         return AttrDict(res, err=math.sqrt(var))
 
-    def one(self, batches, off, cb=None, say=None, seed=0):
-        learn,look,grab = _copy(self.learn, self.dtype, self.device),_Look(say),_Grab(off)
+    def _one_step(self, batches, off, cb=None, surrogate=None, seed=0):
+        learn = _copy(self.learn, self.dtype, self.device)
         learn.dls.loaders = [_Batches(learn.dls.train, batches)]
         if 'mixup' in off: learn.remove_cb(MixHandler)
+        at_loss,at_step = _AtLoss(surrogate),_AtStep(off)
         set_seed(seed)
-        learn.add_cbs([*L(cb),look,grab]).fit(1)
-        return AttrDict(loss_func=learn.loss_func, sizes=look.sizes, **look.seen, grads=grab.grads, bufs=grab.bufs, loss=grab.shown, stepped=grab.stepped)
+        learn.add_cbs([*L(cb),at_loss,at_step]).fit(1)
+        return AttrDict(loss_func=learn.loss_func, sizes=at_loss.sizes, **at_loss.seen, **at_step.kept)
 
     def large(self, off=()):
         "The step of the large batch, made once"
         off = frozenset(off)-{'normalize','loss'} # these are nothing to it
-        if off not in self.kept: self.kept[off] = self.fit([self.whole], off)
-        return self.kept[off]
+        if off not in self.large_steps: self.large_steps[off] = self.step([self.whole], off)
+        return self.large_steps[off]
 
     def small(self, off=(), normalize=None):
         "The step of the micro-batches"
-        cb = deepcopy(self.cb)
-        if 'normalize' in off: normalize = 'none' if all(k==1 for k in self.w) else lambda learn: max(self.w[self.i], 1e-30)
+        cb,surrogate = deepcopy(self.cb),None
+        if 'normalize' in off: normalize = self._found_normalize()
         if normalize:
-            if not hasattr(cb, 'normalize'): cb = AccumulateStep(len(self.sizes))
+            if not hasattr(cb, 'normalize'): cb = AccumulateStep(len(self.batch_sizes))
             cb.normalize = normalize
-        def say(i, pred, loss):
-            self.i = i
-            if not self.w[i]: return sum(o.sum() for o in _outs(pred))*0 # nothing in it counts, and its loss may be nan
-            return sum((o*_cut(g, self.parts)[i]).sum() for o,g in zip(_outs(pred), self.large(off).slopes))/self.w[i] if 'loss' in off else loss
-        return self.fit(_cut(self.whole, self.sizes), off, cb, say if {'normalize','loss'} & set(off) else None)
+        if 'normalize' in off or 'loss' in off: surrogate = partial(self._surrogate, off)
+        return self.step(_cut(self.whole, self.batch_sizes), off, cb, surrogate)
 
-    def far(self, off, **kwargs):
-        "How far the two are from each other, and how much of that may be chance"
+    def difference(self, off, **kwargs):
+        "The difference between the two, relative to the large batch's, and how much of it may be chance"
         return self._apart(self.small(off, **kwargs), self.large(off))
 
+    def change(self, off, batch=None, seed=0):
+        "What it makes for the large batch to be `batch`, or to have another `seed`, and how much of that may be chance"
+        return self._apart(self.step([ifnone(batch, self.whole)], off, seed=seed), self.large(off))
+
     def _apart(self, a, b):
-        d = _far(a, b)
-        return d if d==d else math.inf, 3*math.hypot(a.err, b.err)/_norm(b.grads.values())
+        diff,chance = _rel_diff(a, b),3*math.hypot(a.err, b.err)/_grad_norm(b)
+        return math.inf if math.isnan(diff) else diff,chance
 
-    def moves(self, off, batch=None, seed=0):
-        "How far the large batch is from `batch`, or from itself with another `seed`"
-        return self._apart(self.fit([ifnone(batch, self.whole)], off, seed=seed), self.large(off))
+# %% ../nbs/14_check.ipynb #c8d27e31
+@patch
+def find_weights(self:_Trial, off, tol):
+    "Find what the losses of micro-batches weigh in the large batch's; False if samples depend on each other, so that samples are counted"
+    tol,(within,alone) = max(tol, 1e-6),self._loss_slopes(off)
+    weights = [_dot(a, b)/(_dot(b, b) or 1) for a,b in zip(within, alone)] # by least squares
+    rest = _norm(p-q*w for a,b,w in zip(within, alone, weights) for p,q in zip(a, b))/_norm(p for a in within for p in a)
+    is_mean = abs(sum(weights)-1)<=tol
+    is_sum = all(abs(w-1)<=tol for w in weights if w)
+    found = rest<=tol and (is_mean or is_sum)
+    if not found: self.weights = [n/sum(self.micro_sizes) for n in self.micro_sizes]
+    else: self.weights = weights if is_mean else [1.]*len(weights)
+    return found
 
-    def weigh(self, off, tol):
-        "Find what the loss of each micro-batch weighs in the large batch's; False if samples depend on each other, so that there are no such weights, and samples are counted"
-        big,tol = self.large(off),max(tol, 1e-6)
-        def slopes(pred, targ):
-            pred = nested(lambda o: o.detach().requires_grad_() if isinstance(o, Tensor) and o.is_floating_point() else o, pred)
-            return [g.nan_to_num() for g in _slopes(big.loss_func(pred, *targ), pred)]
-        large = list(zip(*(_cut(g, self.parts) for g in slopes(big.pred, big.targ))))
-        small = list(map(slopes, _cut(big.pred, self.parts), _cut(big.targ, self.parts)))
-        w = [_dot(a, b)/(_dot(b, b) or 1) for a,b in zip(large, small)]
-        rest = _norm(p-q*k for a,b,k in zip(large, small, w) for p,q in zip(a, b))/_norm(p for a in large for p in a)
-        mean,sums = abs(sum(w)-1)<=tol,all(abs(k-1)<=tol for k in w if k)
-        found = rest<=tol and (mean or sums)
-        self.w = [k/sum(self.parts) for k in self.parts] if not found else w if mean else [1.]*len(w)
-        return found
+@patch
+def _loss_slopes(self:_Trial, off):
+    "Slopes at the large batch's outputs, for each micro-batch: of the large batch's loss, and of the micro-batch's own"
+    large = self.large(off)
+    def leaf(o): return o.detach().requires_grad_() if isinstance(o, Tensor) and o.is_floating_point() else o
+    def slopes(pred, targ):
+        pred = nested(leaf, pred)
+        return [g.nan_to_num() for g in _slopes(large.loss_func(pred, *targ), pred)]
+    within = zip(*(_cut(g, self.micro_sizes) for g in slopes(large.pred, large.targ)))
+    alone = map(slopes, _cut(large.pred, self.micro_sizes), _cut(large.targ, self.micro_sizes))
+    return list(within),list(alone)
+
+@patch
+def _found_normalize(self:_Trial):
+    "What gives micro-batches the weights that were found"
+    if all(w==1 for w in self.weights): return 'none'
+    return lambda learn: max(self.weights[self.i], 1e-30)
+
+@patch
+def _surrogate(self:_Trial, off, i, pred, loss):
+    "What is differentiated of micro-batch `i` in place of `loss`"
+    self.i,outs,weight = i,_outputs(pred),self.weights[i]
+    if not weight: return sum(o.sum() for o in outs)*0 # nothing in it counts, and its loss may be nan
+    if 'loss' not in off: return loss
+    return sum((o*_cut(g, self.micro_sizes)[i]).sum() for o,g in zip(outs, self.large(off).slopes))/weight
 
 # %% ../nbs/14_check.ipynb #784210a8
 _advice = dict(
-    batchnorm="each micro-batch is normalized by its own statistics. `MicroBatch(sync_bn=True)`, with a loader of whole batches, is exact; GroupNorm, LayerNorm and frozen BatchNorm (`BnFreeze`) do not look at the batch",
+    batchnorm="each micro-batch is normalized by its own statistics. `MicroBatch(sync_bn=True)`, with a loader of whole batches, is exact; "
+              "GroupNorm, LayerNorm and frozen BatchNorm (`BnFreeze`) do not look at the batch",
     random="dropout, stochastic depth or noise draws other random numbers. Nothing to do: it is another sample of the same training",
     mixup="partners come from the micro-batch. `MicroBatch` finds them in the whole batch",
     loss="the loss of a sample depends on its neighbours, of which a micro-batch has fewer. Take micro-batches as large as memory allows",
-    model="what becomes of a sample depends on its neighbours, or on the forward passes before. Look for means over the batch, decisions that depend on what is in it, states that are carried on (hidden ones, spectral normalization), and callbacks that add to the loss",
-    nondeterminism="the same step twice is not the same. `torch.use_deterministic_algorithms(True)` finds kernels that add in any order; random numbers may come from a generator that no seed reaches",
+    model="what becomes of a sample depends on its neighbours, or on the forward passes before. Look for means over the batch, "
+          "decisions that depend on what is in it, states that are carried on (hidden ones, spectral normalization), "
+          "and callbacks that add to the loss",
+    nondeterminism="the same step twice is not the same. `torch.use_deterministic_algorithms(True)` finds kernels that add in any order; "
+                   "random numbers may come from a generator that no seed reaches",
     together="no cause makes the difference alone; it takes several of them")
 
-def _cure(t, off, tol):
+def _normalize_advice(trial, off, tol):
     "What to do about `normalize`"
-    v = first(o for o in ('auto','samples','none') if t.far(off, normalize=o)[0]<=tol)
-    if v: do = f"Pass `normalize={v!r}`" if hasattr(t.cb, 'normalize') else f"Take `AccumulateStep(normalize={v!r})`"
-    else: do = ("Give the loss a method `denominator(pred, *targs)` that returns what it divides by, or pass `AccumulateStep` or `MicroBatch` a function `normalize=(learn) -> denominator`; "
-                f"here their shares are {', '.join(f'{o/sum(t.w):.3g}' for o in t.w)}")
+    best = first(o for o in ('auto','samples','none') if trial.difference(off, normalize=o)[0]<=tol)
+    if best: do = f"Pass `normalize={best!r}`" if hasattr(trial.cb, 'normalize') else f"Take `AccumulateStep(normalize={best!r})`"
+    else:
+        shares = ', '.join(f'{w/sum(trial.weights):.3g}' for w in trial.weights)
+        do = ("Give the loss a method `denominator(pred, *targs)` that returns what it divides by, "
+              "or pass `AccumulateStep` or `MicroBatch` a function `normalize=(learn) -> denominator`; "
+              f"here their shares are {shares}")
     return f"micro-batches do not weigh what the loss of the large batch makes of theirs. {do}"
 
-def _explain(t, a, tol):
-    "Why the step `a` of micro-batches is not that of the large batch: what each cause makes alone, and what to do; and a note"
-    off,note = {'random'},[]
-    if any(isinstance(m, _BatchNorm) for m in t.learn.model.modules()): off.add('batchnorm')
-    if any(isinstance(cb, MixHandler) for cb in t.learn.cbs): off.add('mixup')
-    if t.moves(off-{'random'}, seed=1)[0]<=tol: off.remove('random') # another seed makes no difference
-    try: off |= {'normalize'} if t.weigh(off, tol) else {'normalize','loss'}
-    except (RuntimeError,ValueError,TypeError,ZeroDivisionError) as e: note = [f"what the loss makes of each micro-batch could not be found: {e}"]
-    rest,err = t.far(off)
-    noise = _far(t.small(), a) if rest>tol else 0. # it is in all that is left
+def _suspects(trial, tol):
+    "The causes that there may be and that can be taken away; and notes"
+    off,notes = {'random'},[]
+    if any(isinstance(m, _BatchNorm) for m in trial.learn.model.modules()): off.add('batchnorm')
+    if any(isinstance(cb, MixHandler) for cb in trial.learn.cbs): off.add('mixup')
+    if trial.change(off-{'random'}, seed=1)[0]<=tol: off.remove('random') # another seed makes no difference
+    try: off |= {'normalize'} if trial.find_weights(off, tol) else {'normalize','loss'}
+    except (RuntimeError,ValueError,TypeError,ZeroDivisionError) as e:
+        notes.append(f"what the loss makes of each micro-batch could not be found: {e}")
+    return off,notes
+
+def _explain(trial, small, tol):
+    "What makes the step `small` of micro-batches another than that of the large batch: for each cause what it makes alone, and what to do; and notes"
+    off,notes = _suspects(trial, tol)
+    rest,err = trial.difference(off)
+    noise = _rel_diff(trial.small(), small) if rest>tol else 0. # it is in all that is left
     if noise>tol: # less than it is seen in the mean of several steps
-        t.n,t.kept = 16,{}
-        rest,err = t.far(off)
-    fars = {c:t.far(off-{c}) for c in off}
-    least = {c:rest+math.hypot(err, e)+tol for c,(_,e) in fars.items()}
-    alone = {c:math.sqrt(v**2-rest**2) for c,(v,_) in fars.items() if v>least[c]}
+        trial.repeats,trial.large_steps = 16,{}
+        rest,err = trial.difference(off)
+    with_cause = {c:trial.difference(off-{c}) for c in off}
+    least = {c:rest+math.hypot(err, e)+tol for c,(_,e) in with_cause.items()} # from which on a cause is seen
+    alone = {c:math.sqrt(diff**2-rest**2) for c,(diff,_) in with_cause.items() if diff>least[c]}
     if noise>tol:
         alone['nondeterminism'] = noise
-        note.append(f"what makes less than {math.sqrt(max(least.values())**2-rest**2):.1e} alone can't be told from chance, in the mean of {t.n} steps")
+        hidden = math.sqrt(max(least.values())**2-rest**2)
+        notes.append(f"what makes less than {hidden:.1e} alone can't be told from chance, in the mean of {trial.repeats} steps")
     if rest>max(tol, 3*noise if 'loss' in off else err): # slopes of one step and what comes to the loss of another don't go together
-        v,e = t.moves(off, seed=1)
-        c = 'random' if v>max(tol, e) else 'model'
-        alone[c] = math.hypot(alone.get(c, 0.), rest)
-    alone = dict(sorted(alone.items(), key=lambda o: -o[1])) or dict(together=t.far(())[0])
-    return alone,{c:_cure(t, off-{c}, least[c]) if c=='normalize' else _advice[c] for c in alone},note
+        cause = _rest_cause(trial, off, tol)
+        alone[cause] = math.hypot(alone.get(cause, 0.), rest)
+    alone = dict(sorted(alone.items(), key=lambda o: -o[1])) or dict(together=trial.difference(())[0])
+    return alone,{c:_normalize_advice(trial, off-{c}, least[c]) if c=='normalize' else _advice[c] for c in alone},notes
 
+def _rest_cause(trial, off, tol):
+    "What makes the difference that is left without the causes in `off`: random numbers, if another seed makes one, too"
+    diff,err = trial.change(off, seed=1)
+    return 'random' if diff>max(tol, err) else 'model'
+
+# %% ../nbs/14_check.ipynb #71af52c9
 class AccumulationCheck:
     "How far an accumulated gradient is from that of the large batch, and why; all differences are relative"
     def __init__(self,
         name:str, # The callback that was checked
         sizes:list, # Samples in each micro-batch
         dtype:torch.dtype, # What was computed in
-        tol:float, # What is taken for rounding: 1e-12 (float32: 1e-5), or ten times what another order of the large batch makes, but at most 1e-5 (1e-3), below which no cause is named where there are larger ones
+        tol:float, # What is taken for rounding
         diff:float, # Of the gradient
-        layers:dict, # Of the gradient of each parameter; relative to the larger of its two norms, but at least to 1e-6 (float32: 3e-3) of the whole gradient's
+        layers:dict, # Of the gradient of each parameter
         buffers:dict, # Of each buffer
         loss:float, # Of the loss that the learner shows
         alone:dict, # Of the gradient, for each cause: if nothing else is left
@@ -262,53 +348,110 @@ class AccumulationCheck:
     @property
     def ok(self): return all(v<=self.tol for v in (self.diff,*self.buffers.values()))
 
-    def _show(self):
+    def _parts(self):
         "A headline, tables, and lines"
-        n = '+'.join(map(str, self.sizes)) if len(self.sizes)<9 else f'{sum(self.sizes)} samples in {len(self.sizes)} micro-batches'
-        worst = dict(sorted(self.layers.items(), key=lambda o: -o[1])[:3])
-        diffs = {'gradient':self.diff, **{f'  {k}':v for k,v in worst.items()}, 'buffers, most':max(self.buffers.values(), default=0.), 'loss':self.loss, 'taken for rounding':self.tol}
-        tables = [[('difference','relative'), *((k,f'{v:.1e}') for k,v in diffs.items())]]
+        few = len(self.sizes)<9
+        n = '+'.join(map(str, self.sizes)) if few else f'{sum(self.sizes)} samples in {len(self.sizes)} micro-batches'
+        head = f"{self.name}, {n}, {str(self.dtype)[6:]}: {'' if self.ok else 'not '}the step of the large batch"
+        worst = sorted(self.layers.items(), key=lambda o: -o[1])[:3]
+        diffs = {'gradient':self.diff, **{f'  {name}':v for name,v in worst},
+                 'buffers, most':max(self.buffers.values(), default=0.), 'loss':self.loss, 'taken for rounding':self.tol}
+        tables = [[('difference','relative'), *((name,f'{v:.1e}') for name,v in diffs.items())]]
         if self.causes: tables.append([('cause','alone','share'), *((c,f'{self.alone[c]:.1e}',f'{v:.1%}') for c,v in self.causes.items())])
-        return f"{self.name}, {n}, {str(self.dtype)[6:]}: {'' if self.ok else 'not '}the step of the large batch",tables,[*(f'{c}: {o}' for c,o in self.advice.items()), *self.notes]
+        lines = [*(f'{c}: {o}' for c,o in self.advice.items()), *self.notes]
+        return head,tables,lines
 
     def __repr__(self):
-        head,tables,lines = self._show()
+        head,tables,lines = self._parts()
         rows = [r for t in tables for r in t]
-        w = max(len(r[0]) for r in rows)+2
-        return '\n'.join([head, *(r[0].ljust(w) + ''.join(o.rjust(9) for o in r[1:]) for r in rows), *lines])
+        width = max(len(name) for name,*_ in rows)+2
+        return '\n'.join([head, *(name.ljust(width) + ''.join(o.rjust(9) for o in values) for name,*values in rows), *lines])
 
     def _repr_html_(self):
-        head,tables,lines = self._show()
-        return ''.join([f'<p>{escape(head)}</p>', *(pd.DataFrame(t).to_html(index=False, header=False) for t in tables), *(f'<p>{escape(o)}</p>' for o in lines)])
+        head,tables,lines = self._parts()
+        tables = [pd.DataFrame(t).to_html(index=False, header=False) for t in tables]
+        return ''.join([f'<p>{escape(head)}</p>', *tables, *(f'<p>{escape(o)}</p>' for o in lines)])
 
 # %% ../nbs/14_check.ipynb #54f6d5f2
-def _size(cb, n_step):
-    "What makes a step of `cb`"
+def _unit_and_size(cb, n_step):
+    "What makes a step of `cb`: so many micro-batches ('n_step'), or samples ('n_samples')"
     if isinstance(cb, MicroBatch): return 'n_step',1
     if isinstance(cb, GradientAccumulation): return 'n_samples',cb.n_acc
-    return (cb.unit,cb._size(0.)) if isinstance(cb, AccumulateStep) else ('n_step',n_step)
+    if isinstance(cb, AccumulateStep): return cb.unit,cb._size(0.)
+    return 'n_step',n_step
 
-def _check(learn, cb, whole, sizes, device, dtype, *notes):
+def _steps(trial):
+    "The steps of the large batch and of the micro-batches, if these can be compared"
+    large = trial.large()
+    if any(g.dtype!=trial.dtype for g in large.slopes): raise TypeError(f"the model returns {large.slopes[0].dtype}")
+    norm = _grad_norm(large)
+    if not 0<norm<math.inf:
+        raise ValueError(f"the gradient of the large batch has norm {norm}, and nothing can be compared with it: "
+                         "see that the loss is finite and depends on the model")
+    small = trial.small()
+    seen,n = sum(small.sizes),sum(trial.batch_sizes)
+    if seen<n:
+        raise ValueError(f"{trial.cb} made a step after {seen} of {n} samples: "
+                         f"pass the `n_step` that it takes, here {len(small.sizes)}")
+    trial.micro_sizes = small.sizes
+    return large,small
+
+_rounding = {torch.float64:(1e-12,1e-5), torch.float32:(1e-5,1e-3)} # the least and the most that is taken for it
+
+def _tolerance(trial, diff):
+    "What is taken for rounding, if the steps differ by `diff`"
+    least,most = _rounding[trial.dtype]
+    if not diff>least: return least
+    if diff>most: return most
+    flipped = nested(lambda o: o.flip(0) if isinstance(o, Tensor) and o.ndim else o, trial.whole)
+    return max(least, min(10*trial.change({'random','mixup'}, flipped)[0], most))
+
+def _layer_diffs(large, small, dtype):
+    "The relative differences of each parameter's gradient"
+    floor = math.sqrt(_rounding[dtype][0])*_grad_norm(large) # so that rounding is not seen as a difference
+    def diff(a, b): return float((a-b).norm())/max(float(b.norm()), float(a.norm()), floor)
+    return {n:diff(small.grads[n], g) for n,g in large.grads.items()}
+
+def _buffer_diffs(large, small, dtype):
+    "The relative differences of each buffer"
+    def diff(a, b): return (a-b).to(dtype).norm()/(b.to(dtype).norm() if b.any() else 1)
+    return {n:float(diff(small.bufs[n], b)) for n,b in large.bufs.items()}
+
+def _check(learn, cb, whole, batch_sizes, device, dtype, *notes):
     "Make both steps in `dtype` and compare them"
     whole = nested(lambda o: o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() else o, whole)
-    t,(tol,most) = _Trial(learn, cb, whole, sizes, dtype, device),(1e-12,1e-5) if dtype==torch.float64 else (1e-5,1e-3)
-    b = t.large()
-    if any(g.dtype!=dtype for g in b.slopes): raise TypeError(f"the model returns {b.slopes[0].dtype}")
-    scale = _norm(b.grads.values())
-    if not 0<scale<math.inf: raise ValueError(f"the gradient of the large batch has norm {scale}, and nothing can be compared with it: see that the loss is finite and depends on the model")
-    a = t.small()
-    t.parts = a.sizes
-    if sum(a.sizes)<sum(sizes): raise ValueError(f"{cb} made a step after {sum(a.sizes)} of {sum(sizes)} samples: pass the `n_step` that it takes, here {len(a.sizes)}")
-    layers = {n:float((a.grads[n]-g).norm())/max(float(g.norm()), float(a.grads[n].norm()), math.sqrt(tol)*scale) for n,g in b.grads.items()}
-    bufs = {n:float((a.bufs[n]-o).to(dtype).norm()/(o.to(dtype).norm() if o.any() else 1)) for n,o in b.bufs.items()}
-    diff,notes,found = _far(a, b),[*notes],({},{},[])
-    if any(isinstance(o, _halves) for o in learn.cbs): notes.append("mixed precision is left out")
-    if not a.stepped: notes.append("it made no step: what is compared is what it keeps for a later one")
-    def turned(): return t.moves({'random','mixup'}, nested(lambda o: o.flip(0) if isinstance(o, Tensor) and o.ndim else o, whole))
-    if diff>tol: tol = most if diff>most else max(tol, min(10*turned()[0], most))
-    if not diff<=tol: found = _explain(t, a, tol)
-    elif max(bufs.values(), default=0.)>tol: notes.append("only buffers differ: something moves them in each micro-batch")
-    return AccumulationCheck(str(cb), a.sizes, dtype, tol, diff, layers, bufs, abs(a.loss-b.loss)/(abs(b.loss) or 1.), *found[:2], notes+found[2])
+    trial = _Trial(learn, cb, whole, batch_sizes, dtype, device)
+    large,small = _steps(trial)
+    diff,loss = _rel_diff(small, large),abs(small.loss-large.loss)/(abs(large.loss) or 1.)
+    layers,buffers = _layer_diffs(large, small, dtype),_buffer_diffs(large, small, dtype)
+    alone,advice,notes,tol = {},{},[*notes],_tolerance(trial, diff)
+    if any(isinstance(o, _mixed_precision) for o in learn.cbs): notes.append("mixed precision is left out")
+    if not small.stepped: notes.append("it made no step: what is compared is what it keeps for a later one")
+    if not diff<=tol:
+        alone,advice,more = _explain(trial, small, tol)
+        notes += more
+    elif max(buffers.values(), default=0.)>tol: notes.append("only buffers differ: something moves them in each micro-batch")
+    return AccumulationCheck(str(cb), small.sizes, dtype, tol, diff, layers, buffers, loss, alone, advice, notes)
+
+# %% ../nbs/14_check.ipynb #e6b31f08
+def _accumulator(learn, cb, n_step):
+    "A copy of what accumulates: `cb`, or what `learn` has, or `AccumulateStep(n_step)`"
+    cb = cb or first(o for o in learn.cbs if isinstance(o, _accums)) or AccumulateStep(n_step)
+    return deepcopy(cb, {id(ifnone(cb.learn, learn)):object()}) # not of its learner
+
+def _fix_size(cb, n, n_step):
+    "Let a `MicroBatch('auto')` go on with the size that it has found, or else make `n_step` parts of `n` samples"
+    if not (isinstance(cb, MicroBatch) and cb.auto): return
+    cb.auto = False
+    if cb.bs=='auto': cb.bs = math.ceil(n/n_step)
+
+def _check_in_float64(*args):
+    "`_check` in float64, or where that can't be had in float32"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: return _check(*args, torch.float64)
+        except (RuntimeError,TypeError) as e: why = f"float64 can't be had: {' '.join(str(e).split())}"
+        return _check(*args, torch.float32, why)
 
 @patch
 def check_accumulation(self:Learner,
@@ -319,20 +462,19 @@ def check_accumulation(self:Learner,
 )->AccumulationCheck:
     "Compare the gradient of a few micro-batches with that of the large batch, and find out why they differ; the learner stays as it is"
     check_size('n_step', n_step)
-    if not isinstance(cb, (Callback,type(None))): raise ValueError(f"`cb`={cb!r}: pass a callback that accumulates gradients, such as `AccumulateStep(4)`, or None")
-    if num_distrib()>1: raise ValueError(f"this is one of {num_distrib()} processes: call `check_accumulation` in a process of its own, without `distrib_ctx`")
-    cb = cb or first(o for o in self.cbs if isinstance(o, _accums)) or AccumulateStep(n_step)
-    cb,states = deepcopy(cb, {id(ifnone(cb.learn, self)):object()}),get_random_states()
+    if not isinstance(cb, (Callback,type(None))):
+        raise ValueError(f"`cb`={cb!r}: pass a callback that accumulates gradients, such as `AccumulateStep(4)`, or None")
+    if num_distrib()>1:
+        raise ValueError(f"this is one of {num_distrib()} processes: call `check_accumulation` in a process of its own, without `distrib_ctx`")
+    cb,states = _accumulator(self, cb, n_step),get_random_states()
     device = torch.device(device or getattr(self.dls, 'device', None) or one_param(self.model).device)
     try:
-        sizes,whole = _one_batch(ifnone(dl, self.dls.train), *_size(cb, n_step))
-        if isinstance(cb, MicroBatch) and cb.auto: cb.auto,cb.bs = False,math.ceil(sum(sizes)/n_step) if cb.bs=='auto' else cb.bs
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            try: return _check(self, cb, whole, sizes, device, torch.float64)
-            except (RuntimeError,TypeError) as e: why = f"float64 can't be had: {' '.join(str(e).split())}"
-            return _check(self, cb, whole, sizes, device, torch.float32, why)
-    except Exception as e:
-        if is_oom(e): e.args = (f"{e}\n`check_accumulation` computes a batch of {sum(sizes)} samples at once: pass `device`='cpu', or fewer micro-batches",)
-        raise
+        sizes,whole = _one_batch(ifnone(dl, self.dls.train), *_unit_and_size(cb, n_step))
+        _fix_size(cb, sum(sizes), n_step)
+        try: return _check_in_float64(self, cb, whole, sizes, device)
+        except Exception as e:
+            if is_oom(e):
+                e.args = (f"{e}\n`check_accumulation` computes a batch of {sum(sizes)} samples at once: "
+                          "pass `device`='cpu', or fewer micro-batches",)
+            raise
     finally: set_random_states(**states)
