@@ -22,6 +22,14 @@ from .accumulate import AccumulateStep
 from .microbatch import MicroBatch
 
 # %% ../nbs/13_noise.ipynb #f50066ca
+def _fieller(mx, my, vx, vy, vxy, t2):
+    "Ends of the interval of my/mx, by variances and covariance of the two means and the square of Student's t"
+    a,b,c = mx*mx-t2*vx,mx*my-t2*vxy,my*my-t2*vy # it is where a*r**2 - 2*b*r + c <= 0
+    root = b + np.sqrt((b*b-a*c).clip(0))
+    lower = np.where(c>0, c/root, 0)
+    upper = np.where(a>0, root/a, np.inf)
+    return lower,upper
+
 def ratio_interval(
     x:np.ndarray, # (n,), samples of the denominator; nan where there is none
     y:np.ndarray, # (n,), samples of the numerator that go with them
@@ -29,20 +37,23 @@ def ratio_interval(
     level:float=0.95 # Confidence
 )->tuple: # Three arrays (n,): the ratio, the lower and the upper end of its interval, each from the samples so far
     "mean(y)/mean(x), of which neither is negative, and its confidence interval by Fieller's theorem with Student's t; inf where mean(x) can't be told from 0"
-    def total(o, b=beta): return lfilter([1], [1,-b], o)
+    def total(o, decay=beta): return lfilter([1], [1,-decay], o) # of the samples so far
     ok = np.isfinite(x+y)
     x,y = np.where(ok, x, 0),np.where(ok, y, 0)
     with np.errstate(divide='ignore', invalid='ignore'):
-        w,w2 = total(1.*ok),total(1.*ok, beta**2)
-        n,mx,my = w**2/w2,total(x)/w,total(y)/w
-        def cov(p, q, mp, mq): return (total(p*q, beta**2) - mp*total(q, beta**2) - mq*total(p, beta**2) + mp*mq*w2)/w**2*n/(n-1)
-        t2 = student.ppf((1+level)/2, n-1)**2
-        mx,my,vx,vy,vxy = mx.clip(0),my.clip(0),cov(x, x, mx, mx).clip(0),cov(y, y, my, my).clip(0),cov(x, y, mx, my)
-        a,b,c = mx*mx-t2*vx,mx*my-t2*vxy,my*my-t2*vy # the interval is where a*r**2 - 2*b*r + c <= 0
-        root = b + np.sqrt((b*b-a*c).clip(0))
-        est,lo,hi = np.where(mx>0, my/mx, np.inf),np.where(c>0, c/root, 0),np.where(a>0, root/a, np.inf)
-    none = ~(n>1)
-    return np.where(w>0, est, np.nan),np.where(none, 0, lo),np.where(none, np.inf, hi)
+        w,w2 = total(1.*ok),total(1.*ok, beta**2) # sums of weights, and of their squares
+        n_eff = w**2/w2
+        def cov(p, q, mp, mq):
+            "Covariance of the means `mp` of `p` and `mq` of `q`"
+            sq = total(p*q, beta**2) - mp*total(q, beta**2) - mq*total(p, beta**2) + mp*mq*w2
+            return sq/w**2*n_eff/(n_eff-1)
+        mx,my = total(x)/w,total(y)/w
+        vx,vy,vxy = cov(x, x, mx, mx).clip(0),cov(y, y, my, my).clip(0),cov(x, y, mx, my)
+        mx,my = mx.clip(0),my.clip(0)
+        lower,upper = _fieller(mx, my, vx, vy, vxy, student.ppf((1+level)/2, n_eff-1)**2)
+        ratio = np.where(mx>0, my/mx, np.inf)
+    some = n_eff>1 # one sample has no variance
+    return np.where(w>0, ratio, np.nan),np.where(some, lower, 0),np.where(some, upper, np.inf)
 
 # %% ../nbs/13_noise.ipynb #8d80879a
 class NoiseScale(Callback):
@@ -52,13 +63,16 @@ class NoiseScale(Callback):
         beta:float=0.98 # What a step weighs in the estimate, over what the step after it weighs; 1: all of them weigh the same
     ):
         if not 0<beta<=1: raise ValueError(f"`beta`={beta!r}: pass a number above 0 and up to 1")
-        self.beta,self.rows,self.metric = beta,[],ValueMetric(self._last, 'noise_scale')
+        self.beta,self.rows,self.metric = beta,[],ValueMetric(self._latest, 'noise_scale')
 
     def before_fit(self):
         self.acc = first(cb for cb in self.learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch)))
-        if self.acc is None: raise ValueError(f"{self} compares gradients of micro-batches and of whole windows: put it beside `AccumulateStep` or `MicroBatch`")
+        if self.acc is None:
+            raise ValueError(f"{self} compares gradients of micro-batches and of whole windows: "
+                             "put it beside `AccumulateStep` or `MicroBatch`")
         if self.acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
-            raise ValueError(f"{self} beside {self.acc}(sync_bn=True): all micro-batches have one backward pass, so the first one's gradient can't be seen. Take `sync_bn='stats'`")
+            raise ValueError(f"{self} beside {self.acc}(sync_bn=True): all micro-batches have one backward pass, "
+                             "so the first one's gradient can't be seen. Take `sync_bn='stats'`")
         self.rows,self.win = [],None
 
     def after_backward(self):
@@ -66,24 +80,23 @@ class NoiseScale(Callback):
         if win.c is None: return # nothing in it counts
         self.seen += n_samples(self.yb, self.xb)
         if win.last or win.count&(win.count-1): return # after 1, 2, 4, 8, ... micro-batches
-        s = self._sq_norm()*win.ref**2
-        self.sums.append(torch.stack([s.new_zeros(())+(self.seen if win.reduction=='none' else win.denom), s]))
+        b = self.seen if win.reduction=='none' else win.denom
+        s = self._sq_norm()*win.ref**2 # of the sum
+        self.sums.append(torch.stack([s.new_zeros(())+b, s]))
 
     def before_step(self):
-        win,model,A,n_proc = self._window(),self.learn.model,self._sq_norm(),1
-        none,ddp = win.reduction=='none',isinstance(model, DistributedDataParallel)
-        if ddp: n_proc = model.process_group.size()
-        own = A.new_zeros(()) + (self.seen if none else win.denom/n_proc if win.pooled else win.denom)
-        b,s = torch.stack([A.new_zeros(2), *self.sums]).T
-        w = 1/(b[1:]+b[:-1]).clamp(min=1e-30)
-        tot = torch.stack([(s.diff()*w).sum(), (b.diff()*w).sum(), s[-1], b[-1]**2, own-b[-1], own])
-        tot = torch.cat([tot if none else tot/(own*n_proc)**2, A.new_full((1,), self.seen)])
-        if ddp: torch.distributed.all_reduce(tot, group=model.process_group)
-        *tot,n = tot
-        if none: tot,A = [o/n**2 for o in tot],A*((1 if win.pooled else n_proc)/n)**2 # gradients are sums
-        r,h,s,b2,rest,q = tot
-        w = rest/(1-b2).clamp(min=1e-30)
-        self.rows.append(torch.stack([A, r+(A-s)*w, h+rest*w, q, n])[None])
+        win,model,G2_B = self._window(),self.learn.model,self._sq_norm()
+        group = model.process_group if isinstance(model, DistributedDataParallel) else None
+        n_proc = 1 if group is None else group.size()
+        totals = self._own_sums(win, n_proc, G2_B)
+        if group is not None: torch.distributed.all_reduce(totals, group=group)
+        *totals,n = totals
+        if win.reduction=='none': # gradients are sums: make it those of the mean over samples
+            totals = [o/n**2 for o in totals]
+            G2_B = G2_B*((1 if win.pooled else n_proc)/n)**2
+        r,h,s,b2,rest,q = totals
+        w = rest/(1-b2).clamp(min=1e-30) # for the last increment, from what all processes have to the global gradient
+        self.rows.append(torch.stack([G2_B, r+(G2_B-s)*w, h+rest*w, q, n])[None])
 
     def after_train(self): self.rows = [torch.cat(self.rows)] if self.rows else [] # one tensor for an epoch
 
@@ -98,34 +111,47 @@ def _window(self:NoiseScale):
 def _sq_norm(self:NoiseScale):
     "The squared norm of the gradients, without the scale of mixed precision"
     norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+    norm = norms.to(torch.promote_types(norms.dtype, torch.float32)).norm()
     scale = getattr(getattr(self.learn, 'scaler', None), '_scale', None) # not `get_scale()`, which waits for the device
-    return (norms.to(torch.promote_types(norms.dtype, torch.float32)).norm()/(1 if scale is None else scale))**2
+    return (norm/(1 if scale is None else scale))**2
 
 @patch
-def _read(self:NoiseScale):
-    "Estimate and ends of the interval (3, steps)"
+def _own_sums(self:NoiseScale, win, n_proc, like):
+    "This process's shares of r and h up to its largest b, of s_b, b**2 and B-b there, of q, and of n"
+    B = win.denom if win.reduction!='none' else self.seen
+    if win.reduction!='none' and win.pooled: B = B/n_proc # it was that of all processes
+    B = like.new_zeros(())+B
+    b,s = torch.stack([like.new_zeros(2), *self.sums]).T
+    w = 1/(b[1:]+b[:-1]).clamp(min=1e-30)
+    res = torch.stack([(s.diff()*w).sum(), (b.diff()*w).sum(), s[-1], b[-1]**2, B-b[-1], B])
+    if win.reduction!='none': res = res/(B*n_proc)**2 # processes have an equal say, as gradients are averaged
+    return torch.cat([res, like.new_full((1,), self.seen)])
+
+@patch
+def _estimates(self:NoiseScale):
+    "The noise scale and the ends of its interval (3, steps)"
     if not self.rows: return np.zeros((3,0))
-    A,r,h,q,n = torch.cat(self.rows).cpu().double().numpy().T
+    G2_B,r,h,q,n = torch.cat(self.rows).cpu().double().numpy().T
     with np.errstate(all='ignore'):
-        x,y = (h*A-q*r)/q**3,(r-q*A)/q**3 # the squared norm of the mean gradient and the trace of the covariance, times `h/q**2-1` and the size
-        x[~(h > q*q*(1+1e-6))] = np.nan # where there is no more than a first micro-batch
-        ok = np.isfinite(x+y)
-        per_unit = lfilter([1], [1,-self.beta], np.where(ok, [n,1/q], 0)) # samples, over what the loss divides by
-        return np.stack(ratio_interval(x, y, self.beta))*(per_unit[0]/per_unit[1])
+        G2,S = (h*G2_B-q*r)/q**3,(r-q*G2_B)/q**3 # both times `(h/q**2-1)/q`
+        G2[~(h > q*q*(1+1e-6))] = np.nan # where there is no more than a first micro-batch
+        ok = np.isfinite(G2+S)
+        samples,units = lfilter([1], [1,-self.beta], np.where(ok, [n,1/q], 0)) # what the loss divides by is in units
+        return np.stack(ratio_interval(G2, S, self.beta))*(samples/units)
 
 # %% ../nbs/13_noise.ipynb #8c329a42
 @patch(as_prop=True)
 def values(self:NoiseScale):
     "The noise scale in samples, after each step"
-    return self._read()[0]
+    return self._estimates()[0]
 
 @patch(as_prop=True)
 def intervals(self:NoiseScale):
     "Its 95 % confidence interval, after each step (steps, 2)"
-    return self._read()[1:].T
+    return self._estimates()[1:].T
 
 @patch
-def _last(self:NoiseScale): return self.values[-1] if self.rows else math.nan
+def _latest(self:NoiseScale): return self.values[-1] if self.rows else math.nan
 
 @patch
 def plot(self:NoiseScale,
@@ -133,11 +159,11 @@ def plot(self:NoiseScale,
 ):
     "Draw the noise scale and its 95 % interval over steps"
     if ax is None: ax = plt.subplots()[1]
-    v,lo,hi = self._read()
-    some = v[np.isfinite(v) & (v>0)]
-    if len(some): ax.set_ylim(some[-1]/20, some[-1]*20)
-    ax.fill_between(range_of(v), lo, np.nan_to_num(hi, posinf=1e30), alpha=0.2, lw=0)
-    ax.plot(v)
+    scale,lower,upper = self._estimates()
+    shown = scale[np.isfinite(scale) & (scale>0)]
+    if len(shown): ax.set_ylim(shown[-1]/20, shown[-1]*20)
+    ax.fill_between(range_of(scale), lower, np.nan_to_num(upper, posinf=1e30), alpha=0.2, lw=0)
+    ax.plot(scale)
     ax.set(xlabel='steps', ylabel='noise scale, samples', yscale='log')
     return ax
 
@@ -153,24 +179,36 @@ class _BsFinder(LRFinder):
     def after_fit(self): pass
     @property
     def narrow(self):
-        v,lo,hi = self.noise._read()[:,-1]
-        return hi<np.inf and hi-lo<=self.tol*max(v, 1)
+        "Is the interval no wider than `tol` times the noise scale?"
+        scale,lower,upper = self.noise._estimates()[:,-1]
+        return upper<np.inf and upper-lower<=self.tol*max(scale, 1)
 
 # %% ../nbs/13_noise.ipynb #4264f97a
 SuggestedBS = namedtuple('SuggestedBS', 'noise_scale interval batch_size n_step')
 
-def _measuring(learn):
+def _accumulator(learn):
     "A callback that splits steps in at least two micro-batches: the learner's own, or one to take its place"
-    acc,dl,k = first(cb for cb in learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch))),learn.dls.train,8
+    acc,dl = first(cb for cb in learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch))),learn.dls.train
     bs = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-    if (bs if isinstance(acc, MicroBatch) else len(dl))==1: raise ValueError(f"there is nothing smaller than a step to measure, as an epoch is one batch or a batch is one sample: {bs=}, {len(dl)=}. Take another batch size")
-    if isinstance(acc, MicroBatch):
-        if not bs or acc.bs!='auto' and acc.bs<bs: return acc
-        return MicroBatch(max(math.ceil(bs/k), min(2, bs//2)), acc.normalize, acc.split, acc.sync_bn, acc.offload)
-    if acc is None: return AccumulateStep(min(k, len(dl)))
-    if acc._size(0.)/(1 if acc.unit=='n_step' else bs or 1) > 1: return acc
-    return AccumulateStep(min(k, len(dl)), normalize=acc.normalize, sync_bn=acc.sync_bn)
+    if (bs if isinstance(acc, MicroBatch) else len(dl))==1:
+        raise ValueError("there is nothing smaller than a step to measure, as an epoch is one batch or a batch is one sample: "
+                         f"{bs=}, {len(dl)=}. Take another batch size")
+    return _split_finer(acc, bs) if isinstance(acc, MicroBatch) else _accumulate_more(acc, bs, len(dl))
 
+def _split_finer(acc, bs):
+    "`acc`, or one that takes an eighth of a batch of `bs`, if all of that fits in a micro-batch of `acc`"
+    if not bs or acc.bs!='auto' and acc.bs<bs: return acc
+    eighth = max(math.ceil(bs/8), min(2, bs//2)) # of two samples, if that leaves two parts
+    return MicroBatch(eighth, acc.normalize, acc.split, acc.sync_bn, acc.offload)
+
+def _accumulate_more(acc, bs, n_batches):
+    "`acc`, or one with windows of eight batches, if there is none or its windows are of one batch"
+    n_step = min(8, n_batches)
+    if acc is None: return AccumulateStep(n_step)
+    unit = 1 if acc.unit=='n_step' else bs or 1
+    return acc if acc._size(0.)/unit>1 else AccumulateStep(n_step, normalize=acc.normalize, sync_bn=acc.sync_bn)
+
+# %% ../nbs/13_noise.ipynb #9d24c7ea
 @patch
 def bs_find(self:Learner,
     n_it:int=100, # Steps at most
@@ -183,18 +221,22 @@ def bs_find(self:Learner,
     check_size('n_it', n_it)
     check_size('max_n_step', max_n_step)
     if not tol>=0: raise ValueError(f"`tol`={tol!r}: pass a number that is not negative")
-    noise = NoiseScale(beta=1)
-    find,n_proc = _BsFinder(noise, n_it, tol),num_distrib() or 1
+    noise,n_proc = NoiseScale(beta=1),num_distrib() or 1
+    find = _BsFinder(noise, n_it, tol)
     with unchanged(self),self.no_logging():
-        acc = _measuring(self)
-        self.cbs = L(cb for cb in self.cbs if not isinstance(cb, (NoiseScale,AccumulateStep,MicroBatch,CSVLogger))) # the last would start its file anew
+        acc,aside = _accumulator(self),(NoiseScale,AccumulateStep,MicroBatch,CSVLogger) # the last would start its file anew
+        self.cbs = L(cb for cb in self.cbs if not isinstance(cb, aside))
         self.fit(n_it*n_proc//len(self.dls.train) + 1, lr=lr, cbs=[acc,noise,find])
-    v,lo,hi = noise._read()[:,-1] if noise.rows else [math.nan]*3
-    if math.isnan(v): raise ValueError(f"{len(noise.values)} steps with {acc} had no two finite gradients to compare: pass a larger `n_it`, or a smaller `lr`")
+    scale,lower,upper = noise._estimates()[:,-1] if noise.rows else [math.nan]*3
+    if math.isnan(scale):
+        raise ValueError(f"{len(noise.values)} steps with {acc} had no two finite gradients to compare: "
+                         "pass a larger `n_it`, or a smaller `lr`")
     if not find.narrow:
-        warn(f"after {len(noise.values)} steps the noise scale is between {lo:.3g} and {hi:.3g} samples, which is wider than `tol`={tol!r}: pass a larger `n_it`"
-             + (". So far the gradient can't be told from noise" if hi==math.inf else ''))
-    bs,most = find.bs*n_proc,min(max_n_step, math.ceil(len(self.dls.train)/n_proc))
-    batch_size = round(min(max(v, 1), most*bs))
+        warn(f"after {len(noise.values)} steps the noise scale is between {lower:.3g} and {upper:.3g} samples, "
+             f"which is wider than `tol`={tol!r}: pass a larger `n_it`"
+             + (". So far the gradient can't be told from noise" if upper==math.inf else ''))
+    bs = find.bs*n_proc
+    most = bs*min(max_n_step, math.ceil(len(self.dls.train)/n_proc))
+    batch_size = round(min(max(scale, 1), most))
     if show_plot: noise.plot()
-    return SuggestedBS(float(v), (float(lo),float(hi)), batch_size, max(1, round(batch_size/bs)))
+    return SuggestedBS(float(scale), (float(lower),float(upper)), batch_size, max(1, round(batch_size/bs)))
