@@ -330,7 +330,8 @@ def clash(self:AccumulateStep, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
     if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
-    if isa('HookCallback') and cb.every is not None and (self.unit,self.n_step)!=('n_step',1): return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
+    if isa('HookCallback') and cb.every is not None and (self.unit,self.n_step)!=('n_step',1):
+        return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
     if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
     if isa('GANTrainer') and self.leftover=='carry': return "validation turns to the generator, so no window can go on after it; take `leftover='step'`"
     if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction(self.learn)!='mean':

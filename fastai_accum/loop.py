@@ -106,7 +106,8 @@ def _check(self:Accumulator):
         **{k:((f := getattr(self, k)) is None or has(f, '__call__'), 'a function that takes no arguments') for k in ('before_step','after_step')})
     for k,(ok,what) in wants.items():
         if not ok: raise ValueError(f"`{k}`={str(getattr(self, k))[:80]}: an `Accumulator` takes {what} here")
-    if self.n_step is not None and self.n_samples is not None: raise ValueError(f"`n_step`={self.n_step!r} and `n_samples`={self.n_samples!r}: pass only one of them")
+    if self.n_step is not None and self.n_samples is not None:
+        raise ValueError(f"`n_step`={self.n_step!r} and `n_samples`={self.n_samples!r}: pass only one of them")
     for k in ('n_step','n_samples'):
         if getattr(self, k) is not None: check_size(k, getattr(self, k), '; `acc.resize` changes it as training goes on')
     if not callable(self.normalize): check_choice('normalize', self.normalize, ('auto','samples','none'), ' or a function `(pred, *targs) -> denominator`')

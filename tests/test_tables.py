@@ -23,7 +23,8 @@ def test_digit(tmp_path):
 def test_time(tmp_path):
     "So it does for the times of any row"
     other = tmp_path/'peers.json'
-    for k in json.loads(NUMBERS.read_text())['rows']:
+    for k,row in json.loads(NUMBERS.read_text())['rows'].items():
+        if 'secs' not in row: continue # its times are not measured yet
         res = json.loads(NUMBERS.read_text())
         res['rows'][k]['secs']['tiny MLP'] = [2*s for s in res['rows'][k]['secs']['tiny MLP']]
         other.write_text(json.dumps(res))
