@@ -139,10 +139,11 @@ def denominator(
 def n_samples(
     *bs # Parts of a batch: its inputs, and its targets
 )->int:
-    "Samples in a batch: the length that most of its tensors have, the first one's if it can't be told by that; 1 if nothing tells"
-    sizes = [k for b in bs for o in b if (k := _length(o))]
-    if sizes: return sizes[0] if sizes.count(sizes[0])==len(sizes) else Counter(sizes).most_common(1)[0][0]
-    return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), 1)
+    "Samples in a batch: a length that inputs and targets share, the smaller one if there is none, as some have several rows for a sample; 1 if nothing tells"
+    sizes = [s for b in bs if (s := [k for o in b if (k := _length(o))])]
+    if not sizes: return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), 1)
+    most = [s[0] if s.count(s[0])==len(s) else Counter(s).most_common(1)[0][0] for s in sizes]
+    return next((k for k in reversed(most) if all(k in s for s in sizes)), min(most))
 
 def _length(o):
     "How many samples a tensor, an array, or a dict of these has; None if that is none of them"
