@@ -12,7 +12,6 @@ from contextlib import contextmanager,nullcontext
 from fastcore.basics import patch,store_attr
 from torch import distributed,nn
 from torch.nn.parallel import DistributedDataParallel
-from types import SimpleNamespace
 from warnings import warn
 from .losses import *
 from .window import *
@@ -76,8 +75,8 @@ class Accumulator:
         check_size('bs', bs)
         one = not isinstance(batch, (tuple,list))
         os = [batch] if one else batch
-        n = n_samples(os[::-1], (_no_size,)) # targets come last, and tell best
-        if n<0: raise ValueError(f"`batch` is a {type(batch).__name__}, in which nothing has a first dimension: {_split_cure}")
+        n = n_samples(os[::-1], default=None) # targets come last, and tell best
+        if n is None: raise ValueError(f"`batch` is a {type(batch).__name__}, in which nothing has a first dimension: {_split_cure}")
         cuts = even_cuts(n, bs)
         res = [[part(o, i, j, n, 'batch' if one else f'batch[{k}]', _split_cure) for k,o in enumerate(os)] for i,j in zip(cuts, cuts[1:])]
         return [o[0] if one else again(batch, o) for o in res]
@@ -92,7 +91,6 @@ class Accumulator:
             if self.ddp: self.model.require_backward_grad_sync = True # what the model does next is no business of ours
 
 # %% ../nbs/11_loop.ipynb #9146007d
-_no_size = SimpleNamespace(shape=(-1,)) # where nothing else tells a size, to know that
 _split_cure = "pass tensors, or lists with an entry for each sample, in tuples, lists and dicts; or cut the batch yourself, as `acc.backward` takes any parts"
 
 @patch
@@ -137,12 +135,12 @@ def _samples(self:Accumulator, loss, pred, targs):
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         raise ValueError(f"`loss_func` returned {f'a tensor of shape {tuple(loss.shape)}' if hasattr(loss, 'shape') else repr(loss)}: let it return one number, "
                          "a tensor without dimensions, such as the mean (`reduction='mean'`)")
-    n = n_samples(targs, (pred,), (_no_size,))
+    n = n_samples((pred,), targs, default=None)
     own = callable(self.normalize) or self.normalize=='none' or loss_option(self.loss_func, 'denominator') is not None
-    if n<0 and (self.unit=='n_samples' or not own):
+    if n is None and (self.unit=='n_samples' or not own):
         raise ValueError("neither targets nor what the model returned tell how many samples a micro-batch has: pass targets to `acc.backward`, or count windows in "
                          "`n_step` and let `normalize` be a function `(pred, *targs) -> denominator`")
-    return max(n, 1)
+    return n or 1
 
 @patch
 def _weigh(self:Accumulator, loss, pred, targs, n):

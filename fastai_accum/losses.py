@@ -137,11 +137,12 @@ def denominator(
 
 # %% ../nbs/00_losses.ipynb #726ff2fd
 def n_samples(
-    *bs # Parts of a batch: its inputs, and its targets
+    *bs, # Parts of a batch: its inputs, and its targets
+    default=1 # If nothing tells
 )->int:
-    "Samples in a batch: a length that inputs and targets share, the smaller one if there is none, as some have several rows for a sample; 1 if nothing tells"
+    "Samples in a batch: a length that inputs and targets share; if there is none, the smaller one, as some have several rows for a sample"
     sizes = [s for b in bs if (s := [k for o in b if (k := _length(o))])]
-    if not sizes: return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), 1)
+    if not sizes: return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), default)
     most = [s[0] if s.count(s[0])==len(s) else Counter(s).most_common(1)[0][0] for s in sizes]
     return next((k for k in reversed(most) if all(k in s for s in sizes)), min(most))
 
