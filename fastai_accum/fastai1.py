@@ -43,7 +43,7 @@ class AccumulateStep(LearnerCallback):
         n = sum(getattr(f, 'func', f) is AccumulateStep for f in self.learn.callback_fns) + sum(isinstance(cb, AccumulateStep) for cb in self.learn.callbacks)
         if n>1: raise ValueError(f"{n} AccumulateSteps: one is enough; `learn.detach_accum()` takes them out, `learn.to_accum(...)` puts one in")
         self.n_epochs,self.win = n_epochs,None
-        self.reduction = loss_reduction(self.learn.loss_func, self.normalize)
+        self.reduction,self.mixed = loss_reduction(self.learn.loss_func, self.normalize),WarnMixed()
 
     def on_batch_begin(self, last_input, last_target, train, epoch, num_batch, **kwargs):
         if not train: return self._flush(epoch) # validation begins
@@ -71,7 +71,10 @@ class AccumulateStep(LearnerCallback):
     def on_batch_end(self, train, **kwargs):
         if train and self.win.closed: self.win = None
 
-    def on_epoch_end(self, epoch, **kwargs): self._flush(epoch)
+    def on_epoch_end(self, epoch, **kwargs):
+        self._flush(epoch)
+        self.mixed.look(self.learn.loss_func)
+
     def on_train_end(self, **kwargs):
         "The plain optimizer is back, whatever ended the fit, and no gradient is left"
         self._drop()
@@ -88,7 +91,9 @@ class AccumulateStep(LearnerCallback):
 
     def _close(self):
         self.gate.open = False
-        return self.win.close(self.learn.model.parameters)
+        some = self.win.close(self.learn.model.parameters)
+        self.mixed.see(self.win, self.learn.loss_func)
+        return some
 
     def _flush(self, epoch):
         "See to the window that an epoch left open"

@@ -49,7 +49,9 @@ class Accumulator:
 
     def flush(self): # The mean loss of what was stepped; None if there was nothing to step
         "Step what an epoch left over, or all since the last step if windows have no size"
-        with self._or_drop(): return self._step() if self._some_left() else None
+        with self._or_drop(): res = self._step() if self._some_left() else None
+        self.mixed.look(self.loss_func)
+        return res
 
     def drop(self):
         "Forget the open window and its gradients"
@@ -110,8 +112,8 @@ def _check(self:Accumulator):
         if getattr(self, k) is not None: check_size(k, getattr(self, k), '; `acc.resize` changes it as training goes on')
     if not callable(self.normalize): check_choice('normalize', self.normalize, ('auto','samples','none'), ' or a function `(pred, *targs) -> denominator`')
     self._check_processes()
-    if self.normalize=='auto' and loss_reduction(self.loss_func)=='mean' and (why := mixed_denominators(self.loss_func)):
-        warn(f"{self.loss_func} {why}: no one number weighs its micro-batches, and the run may not be quite the large batch's")
+    self.mixed = WarnMixed()
+    if self.normalize=='auto' and loss_reduction(self.loss_func)=='mean' and (why := mixed_denominators(self.loss_func)): self.mixed.warn(self.loss_func, why)
 
 @patch
 def _check_processes(self:Accumulator):
@@ -145,11 +147,9 @@ def _samples(self:Accumulator, loss, pred, targs):
 @patch
 def _weigh(self:Accumulator, loss, pred, targs, n):
     "What is to be differentiated; None if nothing counts"
-    own = callable(self.normalize)
-    if own: c = check_denominator(self.normalize(pred, *targs), zero=True)
-    else: c = loss_count(self.loss_func, pred, targs, (pred,), self.normalize, self.win.reduction=='mean')
+    if not callable(self.normalize): return self.win.weigh_loss(loss, self.loss_func, pred, targs, (pred,), self.normalize)
     guess = targs[0].numel() if targs and isinstance(targs[0], torch.Tensor) else n
-    return self.win.weigh(loss, c, guess, (pred,loss_params(self.loss_func)) if own or loss_option(self.loss_func, 'denominator') else ())
+    return self.win.weigh(loss, check_denominator(self.normalize(pred, *targs), zero=True), guess, (pred,loss_params(self.loss_func)))
 
 @patch
 def _add(self:Accumulator, loss, pred, targs, n):
@@ -176,7 +176,9 @@ def _step(self:Accumulator):
     "Close the window and step; its mean loss, None if no micro-batch had a gradient"
     win,self.win,s = self.win,None,self.scaler
     self.expect = max(1, win.begun) # of a window without size, the next is likely to have as many
-    if not win.close(self._params, self.model if self.ddp else None): return None
+    some = win.close(self._params, self.model if self.ddp else None)
+    self.mixed.see(win, self.loss_func)
+    if not some: return None
     if s is not None: s.unscale_(self.opt)
     if self.before_step is not None: self.before_step()
     if s is None: self.opt.step()

@@ -48,7 +48,9 @@ class MicroBatchMethods(HostMethods):
         passes = host.passes if event_name in _inner and (host := host_of(self)) else None
         if passes is None: own_class(type(self)).__call__(self, event_name)
         else:
+            if event_name=='after_loss': passes.read_loss()
             for cb in passes.listeners[event_name]: cb(event_name)
+            if event_name=='after_pred': passes.watch_loss(host.normalize)
 
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
@@ -79,8 +81,8 @@ class MicroBatch(Host):
             raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {self} takes: use `AccumulateStep`")
         super().before_fit()
         learn = self.learn
-        if self.normalize=='auto' and self._reduction(learn)=='mean' and (why := mixed_denominators(loss := learn.loss_func, learn.cbs)):
-            warn(f"{loss} {why}: no one number weighs its micro-batches, and the run may not be quite the whole batch's")
+        self.mixed = WarnMixed('the whole batch')
+        if self.normalize=='auto' and self._reduction(learn)=='mean' and (why := mixed_denominators(learn.loss_func, learn.cbs)): self.mixed.warn(learn.loss_func, why)
 
     def busy(self): return self.passes is not None
 
@@ -88,6 +90,8 @@ class MicroBatch(Host):
         check_trainable(self.learn)
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
+
+    def after_train(self): self.mixed.look(self.learn.loss_func)
 
 # %% ../nbs/10_microbatch.ipynb #bdeace75
 @patch
@@ -198,6 +202,7 @@ class Passes:
     def __init__(self, learn, parts, ns, win, depth):
         self.learn,self.parts,self.ns,self.win,self.depth = learn,parts,ns,win,depth
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *_inner),Sliced(),None,[]
+        self.watched,self.c = False,None # in validation: is the loss computed with a graph; what it showed
         self.all_counted,self.preds,self.seen,self.hidden = True,[],[],[] # what the model returned; losses with what they divide by; hidden states
         self.versions = [self._version(yb) for _,yb in parts]
 
@@ -254,7 +259,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     reduction = self._reduction(learn)
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
-    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None)
+    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none')
     passes = Passes(learn, parts, ns, self.win, self.depth)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
@@ -270,7 +275,9 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     last = win.begin(passes.ns[i], i+1==len(passes.parts))
     if self._ddp: learn.model.require_backward_grad_sync = last and not self.wait
     self.moments.micro()
-    with answering(learn.model, outs[i]) if outs else nullcontext(): one()
+    try:
+        with answering(learn.model, outs[i]) if outs else nullcontext(): one()
+    finally: passes.unwatch()
     if learn.training and len(learn.yb) and win.asked is None:
         raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
                          "use `AccumulateStep`")
@@ -283,9 +290,34 @@ def note(self:Passes, learn, normalize):
     self.preds.append(nested(_detach, learn.pred))
     self.hidden.append([m.hidden for m in self.states])
     if not len(yb): return
-    if not learn.training: c = loss_count(learn.loss_func, learn.pred, yb, learn.xb, normalize, learn=learn)
+    if not learn.training: c = loss_count(learn.loss_func, learn.pred, yb, learn.xb, normalize, learn=learn) if self.c is None else self.c
     else: c = win.asked
     self.seen.append((win.losses[-1] if win.c is not None else learn.loss.detach(), 1 if win.reduction=='none' else c))
+
+@patch
+def watch_loss(self:Passes, normalize):
+    "In validation, let a loss whose type does not tell what it divides by be computed with a graph, which does"
+    learn,self.c = self.learn,None
+    known = learn.training or not len(learn.yb) or len(self.parts)==1 or normalize!='auto' or self.win.reduction!='mean'
+    if known or torch.is_inference_mode_enabled() or denominator(learn.loss_func, learn.pred, *learn.yb) is not None: return
+    learn.pred,self.watched = nested(_with_graph, learn.pred),True
+    torch.set_grad_enabled(True)
+
+@patch
+def read_loss(self:Passes):
+    if not self.watched: return
+    learn = self.learn
+    self.unwatch()
+    if learn.loss_grad.requires_grad: self.c = self.win._shown(learn.loss_grad, learn.pred, n_samples(learn.xb, learn.yb))
+    elif self.win.shows: self.c = 0 # a constant, as there was nothing to divide
+    learn.pred,learn.loss_grad,learn.loss = (nested(_detach, o) for o in (learn.pred,learn.loss_grad,learn.loss))
+
+@patch
+def unwatch(self:Passes):
+    if self.watched: torch.set_grad_enabled(False)
+    self.watched = False
+
+def _with_graph(o): return o.detach().requires_grad_().view_as(o) if isinstance(o, Tensor) and o.is_floating_point() else o
 
 @patch
 def weigh(self:MicroBatch, learn):
@@ -301,7 +333,9 @@ def _join_all(self:MicroBatch, learn, passes):
     learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds) if len(passes.parts)>1 else passes.preds[0],None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
-    if learn.training and win.count: win.close(partial(self._params, learn), counted=passes.all_counted)
+    if learn.training and win.count:
+        win.close(partial(self._params, learn), counted=passes.all_counted)
+        self.mixed.see(win, learn.loss_func)
     if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): learn.loss = torch.cat([l for l,_ in seen])
     elif len(seen)==1: learn.loss = seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
     else:

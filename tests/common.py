@@ -66,7 +66,7 @@ def learner(n, bs, acc=None, dtype=torch.float64, opt_func=partial(SGD, mom=0.9)
     seed()
     model = (model or net)().to(dtype)
     rec = dtype==torch.float32
-    learn = Learner(loaders(x.to(dtype), y, bs, **kwargs), model, loss_func=loss_func or nn.CrossEntropyLoss(), opt_func=opt_func,
+    learn = Learner(loaders(x.to(dtype), y, bs, **kwargs), model, loss_func=ifnone(loss_func, nn.CrossEntropyLoss()), opt_func=opt_func,
                     default_cbs=rec, cbs=L(None if rec else TrainEvalCallback) + L(acc) + L(cbs) + Trace(), splitter=two_groups if isinstance(model, nn.Sequential) else trainable_params, path=path, metrics=metrics)
     if rec: learn.remove_cb(ProgressCallback)
     learn.logger = noop
