@@ -72,7 +72,7 @@ class AccumulateStep(Host):
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (False,'stats'))
         store_attr()
-        self.moments = Moments()
+        self.moments,self.mixed = Moments(),WarnMixed()
 
     def before_fit(self):
         super().before_fit()

@@ -72,7 +72,7 @@ class MicroBatch(Host):
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
         store_attr()
-        self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
+        self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch')
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
     def before_fit(self):

@@ -148,12 +148,14 @@ def test_sums(case):
     same(*loss_pair(as_sum(loss), *rest), 1e-6 if case in FLAT else 1e-12)
 
 def test_a_sum_of_its_own():
-    "One that sums and does not say so: `normalize='none'`"
+    "One that sums and does not say so shows it; where `normalize` takes it for a mean, the run is another"
     def loss(pred, targ): return F.mse_loss(pred, targ, reduction='sum')
     y = EXACT['mse'][1]
-    large,none,auto = (run(learner(N_LOSS, 13, acc, data=(X,y), loss_func=loss), fit) for acc in (None, MicroBatch(3, normalize='none'), MicroBatch(3)))
+    large,none,auto,mean = (run(learner(N_LOSS, 13, acc, data=(X,y), loss_func=loss), fit)
+                            for acc in (None, MicroBatch(3, normalize='none'), MicroBatch(3), MicroBatch(3, normalize='samples')))
     same(large, none)
-    assert not rel(large.trace.steps[0]['weights'], auto.trace.steps[0]['weights'])<1e-3
+    same(large, auto)
+    assert not rel(large.trace.steps[0]['weights'], mean.trace.steps[0]['weights'])<1e-3
 
 @pytest.mark.parametrize('loss', (CE(), F.cross_entropy, lambda p,t: F.cross_entropy(p, t)), ids=('module','function','unknown'))
 @pytest.mark.parametrize('normalize', ('auto', 'samples', lambda l: len(l.y), lambda l: l.y.shape[0]/2, lambda l: torch.tensor(float(len(l.y))),
@@ -174,9 +176,10 @@ class OwnCount:
 @pytest.mark.parametrize('count', (lambda l: (l.y!=1).sum(), lambda l: int((l.y!=1).sum()), lambda l: (l.y!=1).float().sum()[None]),
                          ids=('tensor','number','tensor of one'))
 def test_normalize_function(count):
-    "A function says what counts, where nothing else could; without it the run is another"
+    "A function says what counts, and so does what the loss computes; by samples the run is another"
     same(*pair(mb(8, normalize=count), loss_func=hidden))
-    large,small = pair(mb(8), loss_func=hidden)
+    same(*pair(mb(8), loss_func=hidden))
+    large,small = pair(mb(8, normalize='samples'), loss_func=hidden)
     assert not rel(large.trace.steps[-1]['weights'], small.trace.steps[-1]['weights'])<1e-3
 
 @pytest.mark.parametrize('v', (0, -1, float('nan'), float('inf'), None, 'many', True, torch.tensor(0), torch.tensor([1,2])), ids=str)
