@@ -176,6 +176,7 @@ class _Trial:
         store_attr()
         self.repeats,self.large_steps = 1,{} # how often a step is made; the mean steps of the large batch so far, by `off`
         self.micro_sizes = self.weights = None # of the micro-batches that `cb` makes: their samples, and what their losses weigh
+        self.mixed,self.auto = False,None # does the loss add up parts that divide by different numbers; the shares that `normalize='auto'` gives
 
     def step(self, *args, **kwargs):
         "A step, or the mean of as many as `repeats` says, of which `err` is the standard error"
@@ -226,28 +227,33 @@ class _Trial:
 # %% ../nbs/14_check.ipynb #c8d27e31
 @patch
 def find_weights(self:_Trial, off, tol):
-    "Find what the losses of micro-batches weigh in the large batch's; False if samples depend on each other, so that samples are counted"
+    "Find what the losses of micro-batches weigh in the large batch's; False if samples depend on each other, so that `normalize='auto'` is as good as any"
     tol,(within,alone) = max(tol, 1e-6),self._loss_slopes(off)
     weights = [_dot(a, b)/(_dot(b, b) or 1) for a,b in zip(within, alone)] # by least squares
     rest = _norm(p-q*w for a,b,w in zip(within, alone, weights) for p,q in zip(a, b))/_norm(p for a in within for p in a)
     is_mean = abs(sum(weights)-1)<=tol
     is_sum = all(abs(w-1)<=tol for w in weights if w)
     found = rest<=tol and (is_mean or is_sum)
-    if not found: self.weights = [n/sum(self.micro_sizes) for n in self.micro_sizes]
+    if not found: self.weights = self.auto
     else: self.weights = weights if is_mean else [1.]*len(weights)
     return found
 
 @patch
 def _loss_slopes(self:_Trial, off):
     "Slopes at the large batch's outputs, for each micro-batch: of the large batch's loss, and of the micro-batch's own"
-    large = self.large(off)
-    def leaf(o): return o.detach().requires_grad_() if isinstance(o, Tensor) and o.is_floating_point() else o
-    def slopes(pred, targ):
-        pred = nested(leaf, pred)
-        return [g.nan_to_num() for g in _slopes(large.loss_func(pred, *targ), pred)]
+    large,win,auto = self.large(off),Window(len(self.micro_sizes)),[]
+    def with_graph(o): return o.detach().requires_grad_().view_as(o) if isinstance(o, Tensor) and o.is_floating_point() else o
+    def slopes(pred, targ, n=None):
+        pred = nested(with_graph, pred)
+        loss = large.loss_func(pred, *targ)
+        if n:
+            win.weigh_loss(loss, large.loss_func, pred, targ, pred if isinstance(pred, tuple) else (pred,))
+            auto.append(float(win.asked))
+        return [g.nan_to_num() for g in _slopes(loss, pred)]
     within = zip(*(_cut(g, self.micro_sizes) for g in slopes(large.pred, large.targ)))
-    alone = map(slopes, _cut(large.pred, self.micro_sizes), _cut(large.targ, self.micro_sizes))
-    return list(within),list(alone)
+    alone = list(map(slopes, _cut(large.pred, self.micro_sizes), _cut(large.targ, self.micro_sizes), self.micro_sizes))
+    self.mixed,self.auto = bool(win.apart),[c/(sum(auto) or 1) for c in auto]
+    return list(within),alone
 
 @patch
 def _found_normalize(self:_Trial):
@@ -270,6 +276,8 @@ _advice = dict(
     random="dropout, stochastic depth or noise draws other random numbers. Nothing to do: it is another sample of the same training",
     mixup="partners come from the micro-batch. `MicroBatch` finds them in the whole batch",
     loss="the loss of a sample depends on its neighbours, of which a micro-batch has fewer. Take micro-batches as large as memory allows",
+    mixed="the loss adds up parts that divide by different numbers, such as targets that count and samples, so no one number weighs a micro-batch. Let all parts divide by the same, "
+          "such as the samples (`reduction='sum'`, divided by `len(targ)`)",
     model="what becomes of a sample depends on its neighbours, or on the forward passes before. Look for means over the batch, "
           "decisions that depend on what is in it, states that are carried on (hidden ones, spectral normalization), "
           "and callbacks that add to the loss",
@@ -318,7 +326,7 @@ def _explain(trial, small, tol):
         cause = _rest_cause(trial, off, tol)
         alone[cause] = math.hypot(alone.get(cause, 0.), rest)
     alone = dict(sorted(alone.items(), key=lambda o: -o[1])) or dict(together=trial.difference(())[0])
-    return alone,{c:_normalize_advice(trial, off-{c}, least[c]) if c=='normalize' else _advice[c] for c in alone},notes
+    return alone,{c:_normalize_advice(trial, off-{c}, least[c]) if c=='normalize' else _advice['mixed' if c=='loss' and trial.mixed else c] for c in alone},notes
 
 def _rest_cause(trial, off, tol):
     "What makes the difference that is left without the causes in `off`: random numbers, if another seed makes one, too"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'wrapped', 'loss_reduction', 'loss_modules', 'loss_params', 'check_denominator',
-           'target_count', 'target_counts', 'denominator', 'loss_terms', 'shown_denominators', 'n_samples',
+           'target_count', 'target_counts', 'denominator', 'LossTerm', 'loss_terms', 'shown_denominators', 'n_samples',
            'loss_count', 'mixed_denominators']
 
 # %% ../nbs/00_losses.ipynb #6c090005
@@ -147,78 +147,13 @@ def denominator(
     return pred.numel() if targs[0].is_floating_point() else target_count(loss_func, targs[0]) # of probabilities, all count
 
 # %% ../nbs/00_losses.ipynb #33ff65f4
-_linear = {'Add','Sub','Rsub','Neg','Mul','Clone','Alias','View','UnsafeView','ReshapeAlias','Squeeze','Unsqueeze','Expand','Permute','ToCopy','NanToNum'}
+_linear = {'Add','Sub','Rsub','Neg','Clone','Alias','View','UnsafeView','ReshapeAlias','Squeeze','Unsqueeze','Expand','Permute','ToCopy','NanToNum'}
+_sums = {'Sum','Nansum','Dot','Bmm','Mm','Mv'}
+_picks = {'Select','Unbind','Slice','Split','SplitWithSizes','Narrow'}
+
 def _kind(f): return type(f).__name__.split('Backward')[0]
 
 def _inputs(f): return [g for g,_ in f.next_functions if g is not None]
-
-def _constant_divisor(f):
-    "The one number that node `f` divides by, None if there is none or it is differentiable too"
-    if _kind(f)!='Div' or f.next_functions[0][0] is None or len(_inputs(f))>1: return None
-    o = f._saved_other
-    return o if not isinstance(o, torch.Tensor) or o.numel()==1 else None
-
-def _sizes(f): return getattr(f, '_saved_self_sym_sizes', None) or getattr(f, '_saved_self_sizes', ())
-
-def _dims(f):
-    "The dimensions that node `f` reduces"
-    n = len(_sizes(f))
-    return [d if d<n else d-2**64+n for d in getattr(f, '_saved_dim', None) or range(n)] # negative ones are kept as unsigned numbers
-
-def _averaged(f): return math.prod(_sizes(f)[d] for d in _dims(f))
-
-def _mean_of(f):
-    "What one of PyTorch's losses, node `f`, divides by as a mean"
-    if not _kind(f).startswith('NllLoss'): return f._saved_self.numel()
-    ignored = f._saved_ignore_index
-    return _counting(f._saved_target, ignored if ignored<2**63 else ignored-2**64, f._saved_weight).sum()
-
-def _of_list(f):
-    "Does node `f` reduce a list of losses, each a number?"
-    g,sizes = _inputs(f)[0],_sizes(f)
-    kinds = {_kind(h) for h in _inputs(g)}
-    return sizes==(len(g.next_functions),) and (_kind(g)=='Stack' or _kind(g)=='Cat' and kinds<={'Unsqueeze','View','ReshapeAlias'})
-
-def loss_terms(
-    f, # A node of autograd's graph, such as `loss.grad_fn`
-    divs:tuple=() # What its result is divided by
-)->list: # Of tuples: a node; what it is divided by afterwards; how many it is the mean of, 'sum' if it sums, None if that can't be seen
-    "The means and sums that `f` adds up"
-    kind,ins = _kind(f),_inputs(f)
-    if (o := _constant_divisor(f)) is not None: return loss_terms(ins[0], (*divs,o))
-    if hasattr(f, '_saved_reduction'): return [(f, divs, {1:_mean_of,2:lambda f: 'sum'}.get(f._saved_reduction, noop)(f))]
-    if kind in ('Mean','Sum','Nansum'):
-        n = _averaged(f) if kind=='Mean' else None
-        if _of_list(f): return [t for g in _inputs(ins[0]) for t in loss_terms(g, divs if n is None else (*divs,n))]
-        return _summed(ins[0], divs) if n is None else [(f, divs, n)]
-    if kind in _linear and (kind!='Mul' or len(ins)==1): return [t for g in ins for t in loss_terms(g, divs)]
-    return [(f, divs, None)]
-
-def _summed(f, divs):
-    "The terms of a sum over what node `f` returned"
-    kind,ins = _kind(f),_inputs(f)
-    if (o := _constant_divisor(f)) is not None: return _summed(ins[0], (*divs,o))
-    if kind=='Mean' and 0 in _dims(f): return [(f, divs, _averaged(f))]
-    if kind in _linear|{'Mean','Sum'} and len(ins)==1: return _summed(ins[0], divs)
-    return [(f, divs, 'sum')]
-
-# %% ../nbs/00_losses.ipynb #31723e4f
-def shown_denominators(
-    loss, # What the loss function returned for a micro-batch
-    pred, # What the model returned
-    n:int # Samples
-)->list: # Numbers or one-element tensors, those for which samples stand in last; all 'sum' if it sums; empty if it shows none
-    "What the means that `loss` adds up divide by, as far as they depend on `pred`"
-    terms = loss_terms(loss.grad_fn)
-    if len(terms)>1:
-        goals = {o.grad_fn for o in tree_leaves(pred) if isinstance(o, torch.Tensor)}-{None}
-        terms = [t for t in terms if _leads(t[0], goals)] or terms
-        if len(terms)==n and all(_leads(f, goals, _picks) for f,*_ in terms): terms = [(f,divs,'sum') for f,divs,_ in terms[:1]] # one for each sample
-    cs = [_divided(divs, c) for _,divs,c in terms]
-    seen = [c for c in cs if c is not None]
-    return seen + [n]*(len(cs)-len(seen)) if seen else []
-
-_picks = {'Select','Unbind','Slice','Split','SplitWithSizes','Narrow'}
 
 def _leads(f, goals, kinds=()):
     "Does node `f` lead to one of `goals`, or to a node of one of `kinds` on the way?"
@@ -232,11 +167,108 @@ def _leads(f, goals, kinds=()):
         seen.add(g)
     return False
 
-def _divided(divs, c):
-    "What a term divides by in all"
-    if c is None or c=='sum' and not divs: return c
-    res = math.prod([o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in divs], start=1 if isinstance(c, str) else c)
-    return res.item() if isinstance(res, torch.Tensor) and res.device.type=='cpu' else res # there is no device to wait for
+def _scaled(f, goals):
+    "The node whose result `f` multiplies or divides by one number, with a tuple of what it divides by; None if it does not"
+    kind = _kind(f)
+    if kind not in ('Mul','Div'): return None
+    a,b = ([g for g,_ in f.next_functions]+[None])[:2]
+    if a is not None and b is not None: # by what has a gradient too, such as a learned weight: the same in all micro-batches if `goals` do not lead there
+        on = _leads(a, goals),_leads(b, goals)
+        return (a,()) if on==(True,False) else (b,()) if on==(False,True) and kind=='Mul' else None
+    o = f._saved_self if a is None else f._saved_other
+    if kind=='Div' and a is None or isinstance(o, torch.Tensor) and o.numel()>1: return None
+    if kind=='Div': return a,(o,)
+    computed = isinstance(o, torch.Tensor) and o.is_floating_point() and o.dtype!=torch.float64 # numbers of Python's are in float64
+    return a or b,((1/o.masked_fill(o==0, 1),) if computed else ())
+
+def _sizes(f): return getattr(f, '_saved_self_sym_sizes', None) or getattr(f, '_saved_self_sizes', ())
+
+def _dims(f):
+    "The dimensions that node `f` reduces"
+    n = len(_sizes(f))
+    return [d if d<n else d-2**64+n for d in getattr(f, '_saved_dim', None) or range(n)] # negative ones are kept as unsigned numbers
+
+def _averaged(f): return math.prod(_sizes(f)[d] for d in _dims(f))
+
+def _nll_counts(f):
+    "What each target adds to the denominator of node `f`, a negative log-likelihood"
+    ignored = f._saved_ignore_index
+    return _counting(f._saved_target, ignored if ignored<2**63 else ignored-2**64, f._saved_weight)
+
+def _of_list(f):
+    "Does node `f` reduce a list of losses, each a number?"
+    g,sizes = _inputs(f)[0],_sizes(f)
+    kinds = {_kind(h) for h in _inputs(g)}
+    return sizes==(len(g.next_functions),) and (_kind(g)=='Stack' or _kind(g)=='Cat' and kinds<={'Unsqueeze','View','ReshapeAlias'})
+
+# %% ../nbs/00_losses.ipynb #b853b2ee
+class LossTerm:
+    "A mean or sum that a loss adds up"
+    def __init__(self,
+        node, # Of autograd's graph
+        divs:tuple=(), # What it is divided by afterwards
+        n=None, # How many it is the mean of; 'sum' if it sums; None if that can't be seen
+        counts=None # Which of its elements count
+    ):
+        self.node,self.divs,self.n,self.counts = node,divs,n,counts
+
+    @property
+    def denominator(self): # A number; a one-element tensor on an accelerator, where looking at it would make the host wait; 'sum' if there is none; None if it can't be seen
+        "What the term divides by in all"
+        if self.n is None or self.n=='sum' and not self.divs: return self.n
+        c = math.prod([o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in self.divs], start=1 if self.n=='sum' else self.n)
+        if self.counts is not None: c = c*~((self.counts==0).all() & torch.as_tensor(c<=1)) # sums are often divided by a count that is made at least 1
+        return abs(c.item() if isinstance(c, torch.Tensor) and c.device.type=='cpu' else c)
+
+def loss_terms(
+    f, # A node of autograd's graph, such as `loss.grad_fn`
+    goals:set=frozenset(), # The nodes of what the model returned
+    divs:tuple=() # What its result is divided by
+)->list:
+    "The `LossTerm`s that `f` adds up"
+    kind,ins = _kind(f),_inputs(f)
+    if (o := _scaled(f, goals)) is not None: return loss_terms(o[0], goals, divs+o[1])
+    reduction = getattr(f, '_saved_reduction', 0)
+    if reduction==1: return [LossTerm(f, divs, _nll_counts(f).sum() if kind.startswith('NllLoss') else f._saved_self.numel())]
+    if reduction==2: return [LossTerm(f, divs, 'sum')]
+    if kind in _sums|{'Mean'} and _of_list(f): return [t for g in _inputs(ins[0]) for t in loss_terms(g, goals, (*divs,_averaged(f)) if kind=='Mean' else divs)]
+    if kind=='Mean': return [LossTerm(f, divs, _averaged(f))]
+    if kind in _sums: return [LossTerm(f, divs, 0)] if 0 in _sizes(f) else _summed(ins[0], goals, divs)
+    if kind in _linear: return [t for g in ins for t in loss_terms(g, goals, divs)]
+    return [LossTerm(f, divs)]
+
+def _summed(f, goals, divs, counts=None):
+    "The terms of a sum over what node `f` returned"
+    kind,ins = _kind(f),_inputs(f)
+    if (o := _scaled(f, goals)) is not None: return _summed(o[0], goals, divs+o[1], counts)
+    if kind=='Mean' and 0 in _dims(f): return [LossTerm(f, divs, _averaged(f))]
+    if counts is None: counts = _counts(f)
+    if kind in _linear|{'Mean','Sum','Mul','Div','Where','MaskedFill'} and len(ins)==1: return _summed(ins[0], goals, divs, counts)
+    return [LossTerm(f, divs, 'sum', counts)]
+
+def _counts(f):
+    "Which elements of what node `f` returned are not made 0, None if it makes none so"
+    kind,first = _kind(f),f.next_functions[0][0] if f.next_functions else None
+    if kind=='Mul' and len(_inputs(f))==1: return f._saved_self if first is None else f._saved_other
+    if kind=='MaskedFill': return ~f._saved_mask
+    if kind=='Where': return ~f._saved_condition if first is None else f._saved_condition
+    if kind.startswith('NllLoss'): return _nll_counts(f)
+
+# %% ../nbs/00_losses.ipynb #31723e4f
+def shown_denominators(
+    loss, # What the loss function returned for a micro-batch
+    pred, # What the model returned
+    n:int # Samples
+)->list: # Numbers or one-element tensors, those for which samples stand in last; all 'sum' if it sums; empty if it shows none
+    "What the means that `loss` adds up divide by, as far as they depend on `pred`"
+    goals = {o.grad_fn for o in tree_leaves(pred) if isinstance(o, torch.Tensor)}-{None}
+    terms = loss_terms(loss.grad_fn, goals)
+    if len(terms)>1:
+        terms = [t for t in terms if _leads(t.node, goals)] or terms
+        if len(terms)==n and all(_leads(t.node, goals, _picks) for t in terms): terms = [LossTerm(None, terms[0].divs, 'sum')] # one for each sample
+    cs = [t.denominator for t in terms]
+    seen = [c for c in cs if c is not None]
+    return seen + [n]*(len(cs)-len(seen)) if seen else []
 
 # %% ../nbs/00_losses.ipynb #726ff2fd
 def n_samples(

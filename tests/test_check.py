@@ -41,9 +41,17 @@ def contrast(pred, y):
     "Samples of a class are to be alike, in comparison with all of the batch"
     sim,same = F.normalize(pred, dim=1)@F.normalize(pred, dim=1).T*3,(y[:,None]==y).double()
     return -(sim.log_softmax(1)*same).sum()/same.sum()
-def masked(pred, y): return F.cross_entropy(pred, y, ignore_index=-100)
-def masked_mean(pred, y): # nan if nothing counts
-    return (F.cross_entropy(pred, y.clamp(min=0), reduction='none')*(y>=0)).sum()/(y>=0).sum()
+class Fused(torch.autograd.Function):
+    "Cross-entropy of the targets that count, with its gradient at once, as fused kernels have it: what it divides by can't be seen"
+    @staticmethod
+    def forward(ctx, pred, y):
+        with torch.enable_grad(): loss = F.cross_entropy(p := pred.detach().requires_grad_(), y, ignore_index=-100)
+        ctx.save_for_backward(*torch.autograd.grad(loss, p))
+        return loss.detach()
+    @staticmethod
+    def backward(ctx, g): return g*ctx.saved_tensors[0],None
+def masked(pred, y): return Fused.apply(pred, y)
+def seen(pred, y): return (F.cross_entropy(pred, y.clamp(min=0), reduction='none')*(y>=0)).sum()/(y>=0).sum() # nan if nothing counts
 def rmse(pred, y): return F.mse_loss(pred, F.one_hot(y, 3).double()).sqrt()
 
 def by_hand(learn, loss, scales=None, parts=N_STEP, model=None):
@@ -83,13 +91,15 @@ def test_sizes():
 # ---- each cause alone
 
 HALF = nn.Dropout(0.5)
+PAIRED = [float((y[:,None]==y).sum()) for y in Y[:32].chunk(4)]
+PAIRED = [o/sum(PAIRED) for o in PAIRED] # what `contrast` divides by
 CAUSES = dict( # cause, learner, its loss, what micro-batches are multiplied by
     batchnorm=('batchnorm', lambda: make(mlp(nn.BatchNorm1d(16))), CE(), None),
     batchnorm_parts=('batchnorm', lambda: make(mlp(nn.BatchNorm1d(16)), acc=MicroBatch(BS, sync_bn='stats'), bs=32), CE(), None),
     dropout=('random', lambda: make(mlp(HALF, nn.Linear(16,16), HALF)), CE(), None),
     path=('random', lambda: make(mlp(plant(skip), nn.Linear(16,16), plant(skip))), CE(), None),
     noise=('random', lambda: make(mlp(plant(drop_path), nn.Linear(16,16), plant(drop_path))), CE(), None), # whether training or not
-    contrast=('loss', lambda: make(loss=contrast), contrast, None),
+    contrast=('loss', lambda: make(loss=contrast), contrast, PAIRED),
     rmse=('loss', lambda: make(loss=rmse), rmse, None),
     gate=('model', lambda: make(mlp(plant(gate))), CE(), None),
     counter=('model', lambda: make(mlp(plant(counter, k=0))), CE(), None),
@@ -207,7 +217,8 @@ def test_normalize_advice():
     assert "Pass `normalize='none'`" in advice(loss=CE(reduction='sum'))
     n = [float((y>=0).sum()) for y in SOME[:32].chunk(4)]
     assert n[:2]==[0,0] and n[2]!=n[3] # the first two have nothing that counts
-    for loss in (masked,masked_mean): assert f"here their shares are 0, 0, {n[2]/sum(n):.3g}, {n[3]/sum(n):.3g}" in advice(loss=loss)
+    assert make(y=SOME, loss=seen).check_accumulation().ok # it shows what it divides by
+    assert f"here their shares are 0, 0, {n[2]/sum(n):.3g}, {n[3]/sum(n):.3g}" in advice(loss=masked)
 
 def test_fastai_scale():
     "fastai's callback expects a number of samples, and is off by as much as there are others; clipping does not hide it"
@@ -431,3 +442,8 @@ def test_memory():
     res = make(loss=partial(loss, kinds=[F64])).check_accumulation()
     assert res.ok and res.dtype==F32 and res.notes==["float64 can't be had: out of memory"]
     with pytest.raises(torch.OutOfMemoryError, match="computes a batch of 32 samples at once: pass `device`='cpu'"): make(loss=partial(loss, kinds=[F64,F32])).check_accumulation()
+
+@pytest.mark.parametrize('loss', (lambda p,t: F.cross_entropy(p, t, ignore_index=0)+F.mse_loss(p, torch.zeros_like(p)), lambda p,t: LabelSmoothingCrossEntropy()(p, torch.where(t==0, -100, t))), ids=('two means','label smoothing'))
+def test_parts_of_different_denominators_are_no_neighbours(loss):
+    said = str(learner(58, 4, loss_func=loss).check_accumulation(n_step=4))
+    assert 'parts that divide by different numbers' in said and 'neighbours' not in said

@@ -53,6 +53,8 @@ SHOWN = dict(
     smooth=lambda p,t: ce(p, t, label_smoothing=0.2, ignore_index=0), deep=lambda p,t: torch.stack([ce(q, t, ignore_index=0) for q in (p, p.flip(1))]).mean(),
     sample_by_sample=lambda p,t: torch.stack([F.mse_loss(q[:k+1], torch.ones_like(q[:k+1])) for q,k in zip(p, t)]).mean(), sample_by_sample_sum=lambda p,t: sum(F.mse_loss(q[:k+1], torch.ones_like(q[:k+1])) for q,k in zip(p, t))/len(t),
     image=lambda p,t: F.cross_entropy(p[...,None,None], t[:,None,None], ignore_index=0), penalty=lambda p,t: ce(p, t, ignore_index=0) + 0.1, proportional=lambda p,t: ce(p, t) + F.mse_loss(p, torch.zeros_like(p)),
+    at_least_1=lambda p,t: (each(p, t)*some(t)).sum()/some(t).sum().clamp(min=1), filled=lambda p,t: each(p, t).masked_fill(t<1, 0).sum()/(t>0).sum(), where=lambda p,t: torch.where(t>0, each(p, t), 0).sum()/(t>0).sum(),
+    dot=lambda p,t: each(p, t)@some(t).to(p)/some(t).sum(), samples=lambda p,t: (each(p, t)*some(t)).sum()/len(t),
     without_nan=lambda p,t: torch.nan_to_num(ce(p, t, ignore_index=0)), huber=lambda p,t: F.huber_loss(p[t>0], torch.zeros_like(p[t>0])), counted=lambda p,t: (p.pow(2).sum(1)*some(t)).sum().div(some(t).sum()))
 LOSSES = {k:(lambda f=f: f) for k,f in SHOWN.items()} | dict(subclass=lambda: Squeezed(weight=W, ignore_index=2), stale=stale, partial=lambda: partial(SHOWN['ignores']),
     compiled=lambda: torch.compile(nn.CrossEntropyLoss(ignore_index=0), backend='eager'))
@@ -139,7 +141,7 @@ def rare(n=N):
 
 def constant(p, t): return F.cross_entropy(p[t>0], t[t>0]) if (t>0).any() else p.new_zeros(())
 
-@pytest.mark.parametrize('loss', (constant,SHOWN['ignores'],SHOWN['sum_over_mask'],SHOWN['selected_mean'],partial(F.cross_entropy, ignore_index=0)), ids=('constant','lambda','mask','selected','partial'))
+@pytest.mark.parametrize('loss', (constant,*(SHOWN[k] for k in ('ignores','sum_over_mask','selected_mean','at_least_1','where','filled','samples')),partial(F.cross_entropy, ignore_index=0)))
 @pytest.mark.parametrize('way', ('acc','micro'))
 def test_micro_batches_without_targets(way, loss): same(*pair(way, lambda: loss, data=rare(), shuffle=False))
 
@@ -223,6 +225,29 @@ def test_numbers_on_an_accelerator_are_looked_at_later():
         watch = WarnMixed()
         watch.see(win, 'loss')
         watch.look('loss')
+
+# ---- losses with parameters
+
+class Learned(nn.Module):
+    "Two tasks with learned weights, as of Kendall et al. 2018"
+    def __init__(self): super().__init__(); self.s = nn.Parameter(torch.tensor([0.3,-0.2], dtype=torch.float64))
+    def forward(self, p, t): return (-self.s[0]).exp()*ce(p, t, ignore_index=0) + self.s[0] + (each(p.flip(1), t)*some(t)).sum()/some(t).sum()/(2*self.s[1].exp()) + self.s[1]/2
+
+@pytest.mark.parametrize('way', ('acc','micro'))
+def test_learned_weights(way):
+    "Of what divides by the same; the terms without a prediction do not count"
+    def both(m, loss): return [{'params':[*m.parameters(),*loss.parameters()], 'lr':0.1}]
+    res = []
+    for bs,acc in ((BS*N_STEP,None),(WAYS[way][0],WAYS[way][1]())):
+        loss = Learned()
+        opt = partial(OptimWrapper, opt=torch.optim.SGD)
+        learn = learner(N, bs, acc, loss_func=loss, opt_func=lambda ps,**kw: OptimWrapper(opt=torch.optim.SGD([*learn_params(ps),*loss.parameters()], lr=0.1)))
+        run(learn, lambda l: l.fit(3, 0.1))
+        res.append((flat(learn.model.parameters()), flat(loss.parameters())))
+    assert (res[0][1]-flat(Learned().parameters())).abs().min() > 1e-3
+    for a,b in zip(*res): assert rel(a, b) <= 1e-12
+
+def learn_params(ps): return [p for p in L(ps).concat()] if is_listy(L(ps)[0]) else [*ps]
 
 # ---- a loop
 
