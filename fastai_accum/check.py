@@ -176,7 +176,7 @@ class _Trial:
         store_attr()
         self.repeats,self.large_steps = 1,{} # how often a step is made; the mean steps of the large batch so far, by `off`
         self.micro_sizes = self.weights = None # of the micro-batches that `cb` makes: their samples, and what their losses weigh
-        self.mixed,self.auto = False,None # does the loss add up parts that divide by different numbers; the shares that `normalize='auto'` gives
+        self.mixed,self.shares = False,None # does the loss add up parts that divide by different numbers; what micro-batches weigh by what the loss divides by
 
     def step(self, *args, **kwargs):
         "A step, or the mean of as many as `repeats` says, of which `err` is the standard error"
@@ -227,32 +227,33 @@ class _Trial:
 # %% ../nbs/14_check.ipynb #c8d27e31
 @patch
 def find_weights(self:_Trial, off, tol):
-    "Find what the losses of micro-batches weigh in the large batch's; False if samples depend on each other, so that `normalize='auto'` is as good as any"
+    "Find what the losses of micro-batches weigh in the large batch's; False if samples depend on each other, so that those of the callback are as good as any"
     tol,(within,alone) = max(tol, 1e-6),self._loss_slopes(off)
     weights = [_dot(a, b)/(_dot(b, b) or 1) for a,b in zip(within, alone)] # by least squares
     rest = _norm(p-q*w for a,b,w in zip(within, alone, weights) for p,q in zip(a, b))/_norm(p for a in within for p in a)
     is_mean = abs(sum(weights)-1)<=tol
     is_sum = all(abs(w-1)<=tol for w in weights if w)
     found = rest<=tol and (is_mean or is_sum)
-    if not found: self.weights = self.auto
+    if not found: self.weights = self.shares
     else: self.weights = weights if is_mean else [1.]*len(weights)
     return found
 
 @patch
 def _loss_slopes(self:_Trial, off):
     "Slopes at the large batch's outputs, for each micro-batch: of the large batch's loss, and of the micro-batch's own"
-    large,win,auto = self.large(off),Window(len(self.micro_sizes)),[]
+    large,win,asked = self.large(off),Window(len(self.micro_sizes)),[]
+    normalize = 'samples' if getattr(self.cb, 'normalize', None)=='samples' else 'auto'
     def with_graph(o): return o.detach().requires_grad_().view_as(o) if isinstance(o, Tensor) and o.is_floating_point() else o
     def slopes(pred, targ, n=None):
         pred = nested(with_graph, pred)
         loss = large.loss_func(pred, *targ)
         if n:
-            win.weigh_loss(loss, large.loss_func, pred, targ, pred if isinstance(pred, tuple) else (pred,))
-            auto.append(float(win.asked))
+            win.weigh_loss(loss, large.loss_func, pred, targ, pred if isinstance(pred, tuple) else (pred,), normalize)
+            asked.append(float(win.asked))
         return [g.nan_to_num() for g in _slopes(loss, pred)]
     within = zip(*(_cut(g, self.micro_sizes) for g in slopes(large.pred, large.targ)))
     alone = list(map(slopes, _cut(large.pred, self.micro_sizes), _cut(large.targ, self.micro_sizes), self.micro_sizes))
-    self.mixed,self.auto = bool(win.apart),[c/(sum(auto) or 1) for c in auto]
+    self.mixed,self.shares = bool(win.apart),[c/(sum(asked) or 1) for c in asked]
     return list(within),alone
 
 @patch

@@ -166,7 +166,7 @@ def test_together(names):
     for o,m,l in zip(names, models, losses):
         a,b = by_hand(None, l, model=m)
         far[o] = float((a-b).norm())**2
-    learn = make(Both(*models), loss=sum_of(*losses))
+    learn = make(Both(*models), loss=sum_of(*losses), acc=AccumulateStep(N_STEP, normalize='samples'))
     res = learn.check_accumulation()
     assert set(res.causes)==set(names) and sum(res.causes.values())==pytest.approx(1), res
     if 'batchnorm' not in names: # which other causes are seen with running statistics in its place
