@@ -348,6 +348,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.losses._target_weights': ('losses.html#_target_weights', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses.check_denominator': ('losses.html#check_denominator', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses.denominator': ('losses.html#denominator', 'fastai_accum/losses.py'),
+                                     'fastai_accum.losses.divides_by_elements': ( 'losses.html#divides_by_elements',
+                                                                                  'fastai_accum/losses.py'),
                                      'fastai_accum.losses.loss_count': ('losses.html#loss_count', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses.loss_modules': ('losses.html#loss_modules', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses.loss_option': ('losses.html#loss_option', 'fastai_accum/losses.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'wrapped', 'loss_reduction', 'loss_modules', 'loss_params', 'check_denominator',
-           'target_count', 'target_counts', 'denominator', 'LossTerm', 'loss_terms', 'shown_denominators', 'n_samples',
-           'loss_count', 'mixed_denominators']
+           'divides_by_elements', 'target_count', 'target_counts', 'denominator', 'LossTerm', 'loss_terms',
+           'shown_denominators', 'n_samples', 'loss_count', 'mixed_denominators']
 
 # %% ../nbs/00_losses.ipynb #6c090005
 import math,torch
@@ -102,6 +102,12 @@ def _one_of(loss_func, kinds):
         loss_func = wrapped(loss_func)
     return False
 
+def divides_by_elements(
+    loss_func # A loss
+)->bool:
+    "Is `loss_func` an element-wise mean by its type?"
+    return _one_of(loss_func, counts_elements)
+
 def _target_weights(loss_func, targ):
     "What each of the targets adds to the denominator of `loss_func`, None if that does not depend on targets alone"
     if loss_option(loss_func, 'denominator') is not None or loss_option(loss_func, 'reduction', 'mean')!='mean': return None
@@ -142,7 +148,7 @@ def denominator(
     own = loss_option(loss_func, 'denominator')
     if own is not None: return check_denominator(own(pred, *targs), f"`denominator` of {loss_func}", zero=True)
     if not isinstance(pred, torch.Tensor) or not targs or loss_option(loss_func, 'reduction', 'mean')!='mean': return None
-    if _one_of(loss_func, counts_elements): return pred.numel()
+    if divides_by_elements(loss_func): return pred.numel()
     if not _one_of(loss_func, _counts_targets): return None
     return pred.numel() if targs[0].is_floating_point() else target_count(loss_func, targs[0]) # of probabilities, all count
 

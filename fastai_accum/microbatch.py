@@ -424,8 +424,8 @@ def _ddp(self:MicroBatch): return isinstance(self.learn.model, DistributedDataPa
 @patch
 def _wait(self:MicroBatch):
     "Is communication to wait until all is computed: because it may have to be repeated, or its scale is known only then?"
-    own = self.normalize=='auto' and loss_option(self.learn.loss_func, 'denominator') is not None
-    return self.auto or self.split is not None or callable(self.normalize) or own
+    known = self.normalize!='auto' or self.win.reduction!='mean' or self.win.counts is not None or divides_by_elements(self.learn.loss_func)
+    return self.auto or self.split is not None or callable(self.normalize) or not known
 
 @patch
 def _anywhere(self:MicroBatch, oom):

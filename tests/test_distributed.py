@@ -8,6 +8,7 @@ from processes import *
 BS,N_STEP = 4,4
 W = torch.tensor([0.1,1,7], dtype=torch.float64)
 CE,WEIGHTED = nn.CrossEntropyLoss(),nn.CrossEntropyLoss(W)
+def shows(pred, targ): return F.cross_entropy(pred, targ, weight=W) # only its graph tells what it divides by
 def counted(learn): return W[learn.y].sum()
 OPTS = {'sgd':partial(SGD, mom=0.9), 'adam':Adam, 'adamw':partial(OptimWrapper, opt=torch.optim.AdamW)}
 def fit(l): l.fit_one_cycle(2, 0.05)
@@ -96,6 +97,7 @@ CASES.update({
     'one rank ends early, with buffers':case(n=71, dl=EndsEarly, model=Buffered),
     'last micro-batch cancelled before forward on one rank, with buffers':unequal(seen=stop('before_batch', CancelBatchException, (0,3),(1,7), ranks=[1]), model=Buffered),
     'class weights':case(n=73, loss=WEIGHTED),
+    'loss that shows its denominator':case(n=73, loss=shows),
     'micro-batches that count nothing':case(n=73, loss=nn.CrossEntropyLoss(ignore_index=1)),
     'gradients as bucket views':unequal(opt='adamw', ddp=dict(gradient_as_bucket_view=True), seen=stop('before_batch', CancelTrainException, (0,6))),
     'unused parameters':unequal(ddp=dict(find_unused_parameters=True), model=Extra, seen=stop('before_batch', CancelTrainException, (0,6))),

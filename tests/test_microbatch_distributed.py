@@ -73,6 +73,10 @@ class Own(nn.CrossEntropyLoss):
     "A loss that says what it divides by"
     def denominator(self, pred, targ): return W[targ].sum()
 
+def shows(pred, targ):
+    "Only its graph tells what it divides by"
+    return F.cross_entropy(pred, targ, weight=W)
+
 class NothingCounts(nn.Module):
     "A loss for which no target counts in the other process, that says so by a number or a tensor"
     def __init__(self, f): super().__init__(); self.f = f
@@ -125,6 +129,7 @@ SAME = {**{f'{name} {opt}':case(opt=opt, **kw) for opt in ('sgd','adam') for nam
     'micro-batches that count nothing':case(**micro(1), n=64, loss=nn.CrossEntropyLoss(ignore_index=1)),
     'loss that sums':case(loss=nn.CrossEntropyLoss(reduction='sum'), fit=lambda l: l.fit_one_cycle(2, 1e-3)),
     'loss with a denominator':case(n=71, dl=Cut, loss=Own(weight=W)),
+    'loss that shows its denominator':case(n=71, dl=Cut, loss=shows),
     'uneven shards, custom denominators':case(**counting(4), n=71, dl=Cut),
     'own split':case(**micro(8, split=split), n=64),
     'clip':case(cbs=clip),
