@@ -70,7 +70,7 @@ class MicroBatch(Host):
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
         store_attr()
-        self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
+        self.auto,self.sizes,self.moments,self.varied = bs=='auto',Sizes(),Moments(),set() # the last: outputs by rows
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
     def before_fit(self):
@@ -298,7 +298,8 @@ def weigh(self:MicroBatch, learn):
 def _join_all(self:MicroBatch, learn, passes):
     "Let prediction and loss be those of the batch, and give gradients their scale"
     win,seen = self.win,passes.seen
-    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds) if len(passes.parts)>1 else passes.preds[0],None
+    gathers = not learn.training and any(isinstance(cb, GatherPredsCallback) for cb in learn.cbs)
+    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training and win.count: win.close(partial(self._params, learn), counted=passes.all_counted)

@@ -367,3 +367,78 @@ def test_hooks_for_each_batch_beside_windows_of_one():
     "Where each micro-batch is a step, nothing can go wrong"
     run(learner(64, 16, AccumulateStep(1), cbs=ActivationStats(every=2)), fit)
     with pytest.raises(ValueError, match='take `every=None`'): run(learner(64, BS, AccumulateStep(N_STEP), cbs=ActivationStats(every=2)), fit)
+
+# ---- outputs that are not samples first
+
+class Returns(nn.Module):
+    "A net that returns `f(x, logits, self)`"
+    def __init__(self, f, bn=False):
+        super().__init__()
+        self.net,self.f = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if bn else nn.Tanh(), nn.Linear(8, 3)),f
+        self.protos,self.few = nn.Parameter(torch.randn(10, 8)),nn.Parameter(torch.randn(4, 3)) # few are as many as samples in a micro-batch
+        self.token = nn.Parameter(torch.randn(1, 2, 3))
+        self.register_buffer('code', torch.ones(10, 3))
+    def forward(self, x): return self.f(x, self.net(x), self)
+
+class Sees(Callback):
+    "Keep what is there to be seen at the end of each batch"
+    order = 60
+    def before_fit(self): self.saw = []
+    def after_batch(self): self.saw.append(self.pred)
+
+def times(p, t=7): return torch.stack([p*k for k in range(1, t+1)])
+OUTPUTS = dict( # what a model returns, and its logits in that
+    time_first=(lambda x,p,m: times(p), lambda o: o[0]),
+    time_first_in_dict=(lambda x,p,m: dict(o=p, h=times(p[...,:2], 2)), lambda o: o['o']), # the hidden state of two layers
+    last=(lambda x,p,m: (p, p.T, p.T[None]), lambda o: o[0]),
+    prototypes=(lambda x,p,m: (p, m.protos), lambda o: o[0]+o[1].mean()),
+    as_many_prototypes_as_samples=(lambda x,p,m: (p, m.few), lambda o: o[0]+o[1].mean()),
+    computed_prototypes=(lambda x,p,m: (p, F.normalize(m.protos)), lambda o: o[0]+o[1].mean()),
+    buffer=(lambda x,p,m: [p, m.code, None, 'text', True], lambda o: o[0]),
+    expanded=(lambda x,p,m: (p, m.token.expand(len(x), -1, -1)), lambda o: o[0]+o[1].mean()),
+    rows=(lambda x,p,m: (p, torch.stack([p,p*2], 1).flatten(0, 1)), lambda o: o[0]), # two for each sample
+    boxes=(lambda x,p,m: (p, p[p[:,0]>p[:,1]].detach()), lambda o: o[0]))
+
+def assert_alike(a, b):
+    assert isinstance(b, Tensor) if isinstance(a, Tensor) else type(a) is type(b)
+    if isinstance(a, Tensor): assert rel(a, b)<1e-12
+    elif isinstance(a, (list,tuple)):
+        assert len(a)==len(b)
+        for p,q in zip(a, b): assert_alike(p, q)
+    elif isinstance(a, dict): assert_alike(list(a.values()), list(b.values()))
+    else: assert a==b
+
+@pytest.mark.parametrize('o', OUTPUTS)
+@pytest.mark.parametrize('bs,sync_bn', ((6,False),(4,False),(6,True)), ids=('uneven parts','even parts','exact BatchNorm'))
+def test_outputs_of_other_forms(o, bs, sync_bn):
+    "What callbacks, metrics and predictions see is what the model returns for the whole batch"
+    f,logits = OUTPUTS[o]
+    large,small = (learner(N, 16, acc, model=partial(Returns, f, sync_bn), loss_func=lambda o,t: F.cross_entropy(logits(o), t), cbs=Sees())
+                   for acc in (None, MicroBatch(bs, sync_bn=sync_bn, valid=True)))
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    assert_alike(large.sees.saw, small.sees.saw)
+    def gathered(l): return l.get_preds(act=noop, reorder=False)[0]
+    try: p = gathered(large)
+    except (TypeError,AttributeError): return # fastai can't
+    assert_alike(p, gathered(small))
+
+def packed(p):
+    lens = (p[:,0].argsort().argsort()%3).add(1).sort(descending=True)[0]
+    return nn.utils.rnn.pack_padded_sequence(times(p, 3), lens.cpu())
+
+UNJOINED = dict(
+    mean=lambda x,p,m: p.mean(), number=lambda x,p,m: float(p.mean()), packed=lambda x,p,m: packed(p), similarity=lambda x,p,m: p@p.T,
+    longest=lambda x,p,m: times(p, len(x)-3), lists=lambda x,p,m: [p]*(len(x)-4), sometimes=lambda x,p,m: p if len(x)<6 else None,
+    keys=lambda x,p,m: {len(x):p}, moving=lambda x,p,m: m.code.add_(p.detach().mean()).clone(), moments=lambda x,p,m: p.mean(0))
+
+@pytest.mark.parametrize('o', UNJOINED)
+def test_outputs_that_cannot_be_joined(o):
+    "They are no tensor that is taken for the whole batch's: a list in training, and refused where predictions are gathered"
+    f = UNJOINED[o]
+    small = learner(N, 16, MicroBatch(6, valid=True), model=partial(Returns, lambda x,p,m: (p, f(x, p, m))), loss_func=lambda o,t: F.cross_entropy(o[0], t), cbs=Sees())
+    run(small, fit)
+    whole = [s[1] for s in small.sees.saw if len(s[0])==16]
+    assert all(isinstance(s, list) and len(s)==3 for s in whole)
+    with pytest.raises(ValueError, match=r"`learn.pred\[1\]`, a .* in micro-batches of \[5, 5, 6\] samples, can't be joined: .*`MicroBatch\(..., valid=False\)`"): small.get_preds()
+    sound(small)
