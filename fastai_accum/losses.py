@@ -72,7 +72,7 @@ def check_denominator(
     zero:bool=False # May it be 0?
 ): # `c`; a number for a tensor in which `zero` may not be
     "`c` if it can be a denominator, else a `ValueError`; what is on an accelerator is not looked into, as that would make the host wait"
-    one = isinstance(c, torch.Tensor) and c.numel()==1
+    one = isinstance(c, torch.Tensor) and c.numel()==1 and not c.is_meta
     if one and c.device.type!='cpu': return c.reshape(())
     v = c.item() if one else c
     if isinstance(v, bool) or not isinstance(v, Real) or not (0 < v < math.inf or zero and v==0):
@@ -140,16 +140,22 @@ def n_samples(
     *bs, # Parts of a batch: its inputs, and its targets
     default=1 # If nothing tells
 )->int:
-    "Samples in a batch: a length that inputs and targets share; if there is none, the smaller one, as some have several rows for a sample"
-    sizes = [s for b in bs if (s := [k for o in b if (k := _length(o))])]
+    "Samples in a batch: a length that inputs and targets share, also if some have time first; if there is none, the smaller one, as some have several rows for a sample"
+    told = [(s,b) for b in bs if (s := [k for o in b if (k := _length(o))])]
+    sizes = [s for s,_ in told]
     if not sizes: return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), default)
     most = [s[0] if s.count(s[0])==len(s) else Counter(s).most_common(1)[0][0] for s in sizes]
-    return next((k for k in reversed(most) if all(k in s for s in sizes)), min(most))
+    shared = next((k for k in reversed(most) if all(k in s for s in sizes)), None)
+    return shared or next((k for k in reversed(most) if all(k in s or any(_second(o)==k for o in b) for s,b in told)), min(most))
 
 def _length(o):
     "How many samples a tensor, an array, or a dict of these has; None if that is none of them"
     if isinstance(o, torch.Tensor) or hasattr(o, 'shape'): return o.shape[0] if len(o.shape) else None
     if isinstance(o, Mapping): return next((k for v in o.values() if (k := _length(v) or _list_length(v))), None)
+
+def _second(o):
+    "The second dimension of what may have time first: `(time, samples, channels)`, or indices `(time, samples)`"
+    if isinstance(o, torch.Tensor) and (o.ndim==3 or o.ndim==2 and not o.is_floating_point()): return o.shape[1]
 
 def _list_length(o):
     "How many samples a list has: one entry a sample, or several for all of them"

@@ -37,7 +37,9 @@ class MicroBatchMethods(HostMethods):
         if host is None: return one()
         outer,host.passes = host.passes,None # a callback may validate in the midst of a batch
         try: host._batch(self, one) if self.training or host.valid else one()
-        finally: host.passes = outer
+        finally:
+            host.passes = outer
+            if outer is not None: host.win = outer.win
 
     def _do_grad_opt(self):
         passes = host.passes if (host := host_of(self)) else None
@@ -54,6 +56,7 @@ class MicroBatchMethods(HostMethods):
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
     order,methods = -100,MicroBatchMethods
+    per_fit = dict(passes=None)
     win,passes,depth,kept = None,None,0,True # the window of the last batch; the passes of the current one; autocasts around it; may there be gradients that are not of this batch
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -82,11 +85,22 @@ class MicroBatch(Host):
         if self.normalize=='auto' and self._reduction(learn)=='mean' and (why := mixed_denominators(loss := learn.loss_func, learn.cbs)):
             warn(f"{loss} {why}: no one number weighs its micro-batches, and the run may not be quite the whole batch's")
 
+    @contextmanager
+    def in_fit(self, learn):
+        outer = self.passes # another fit may begin within a batch
+        try:
+            with set_aside(self._mods(learn)) if outer else nullcontext(), super().in_fit(learn): yield
+        finally:
+            if outer: self.win = outer.win
+
     def busy(self): return self.passes is not None
 
     def before_train(self):
         check_trainable(self.learn)
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
+        if self._wait() and not self.auto and (kind := self._sharded()):
+            raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
+                             f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`")
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
 # %% ../nbs/10_microbatch.ipynb #bdeace75
@@ -213,6 +227,7 @@ class Passes:
         self.later = self._later
 
     def _later(self):
+        if self.learn.loss_grad.numel()!=1: self.learn._backward() # which says why it can't
         self.losses.append(self.learn.loss_grad)
         if self.win.last: self.backward_all()
 
@@ -394,6 +409,14 @@ def _wait(self:MicroBatch):
     own = self.normalize=='auto' and loss_option(self.learn.loss_func, 'denominator') is not None
     return self.auto or self.split is not None or callable(self.normalize) or own
 
+def _several(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
+
+@patch
+def _sharded(self:MicroBatch):
+    "What the model is, or a part of it, if several processes share it"
+    names = 'FSDPModule','FullyShardedDataParallel'
+    return first(type(m).__name__ for m in self.model.modules() if any(c.__name__ in names for c in type(m).__mro__)) if _several() else None
+
 @patch
 def _anywhere(self:MicroBatch, oom):
     "Was there not enough memory in any of the processes?"
@@ -405,7 +428,7 @@ def _anywhere(self:MicroBatch, oom):
 @patch
 def _apart(self:MicroBatch):
     "Why processes can't agree on a size, None if they can or there is one"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1): return None
+    if not _several(): return None
     if not self._ddp: return f"the model is a {type(self.model).__name__}, and only a `DistributedDataParallel` can wait until all of them have computed the batch"
     if any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules()): return "`SyncBatchNorm` waits for all processes in mid-forward, where one may have run out of memory. Take `distrib_ctx(sync_bn=False)`"
 

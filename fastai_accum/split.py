@@ -83,6 +83,8 @@ def even_parts(
     bs:int # Samples in a part, at most
 )->list: # Of `(xb, yb)`
     "The batch in parts of nearly equal size; a `ValueError` if it can't be split along its first dimension"
+    if isinstance(xb, _arrays):
+        raise ValueError(f"the dataloader returned a {type(xb).__name__}, where a tuple of inputs and targets is expected: let it return `(x, y)`, or `(x,)` if there are no targets")
     cuts = even_cuts(n, bs)
     xs,ys = ([_parts(o, cuts, n, f'{name}[{k}]') for k,o in enumerate(b)] for b,name in ((xb,'xb'),(yb,'yb')))
     return [(again(xb, [x[i] for x in xs]),again(yb, [y[i] for y in ys])) for i in range(len(cuts)-1)]
