@@ -362,6 +362,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._batch': ( 'microbatch.html#microbatch._batch',
                                                                                         'fastai_accum/microbatch.py'),
+                                         'fastai_accum.microbatch.MicroBatch._check_sharded': ( 'microbatch.html#microbatch._check_sharded',
+                                                                                                'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._ddp': ( 'microbatch.html#microbatch._ddp',
                                                                                       'fastai_accum/microbatch.py'),
                                          'fastai_accum.microbatch.MicroBatch._explain': ( 'microbatch.html#microbatch._explain',

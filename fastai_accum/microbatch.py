@@ -98,9 +98,7 @@ class MicroBatch(Host):
     def before_train(self):
         check_trainable(self.learn)
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
-        if self._wait() and not self.auto and (kind := self._sharded()):
-            raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
-                             f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`")
+        if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
 # %% ../nbs/10_microbatch.ipynb #bdeace75
@@ -416,6 +414,16 @@ def _sharded(self:MicroBatch):
     "What the model is, or a part of it, if several processes share it"
     names = 'FSDPModule','FullyShardedDataParallel'
     return first(type(m).__name__ for m in self.model.modules() if any(c.__name__ in names for c in type(m).__mro__)) if _several() else None
+
+@patch
+def _check_sharded(self:MicroBatch, kind):
+    "A `ValueError` if a model that several processes share can't be computed in micro-batches"
+    if self._wait():
+        raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
+                         f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`")
+    if self.sync_bn is True and batch_norms(self.model):
+        raise ValueError(f"`sync_bn`=True: the model is a {kind}, whose parameters come and go with each forward pass, so several of them can't run side by side. Take `sync_bn='stats'`, "
+                         "or `DistributedDataParallel`")
 
 @patch
 def _anywhere(self:MicroBatch, oom):
