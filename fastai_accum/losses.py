@@ -72,7 +72,7 @@ def check_denominator(
     zero:bool=False # May it be 0?
 ): # `c`; a number for a tensor in which `zero` may not be
     "`c` if it can be a denominator, else a `ValueError`; what is on an accelerator is not looked into, as that would make the host wait"
-    one = isinstance(c, torch.Tensor) and c.numel()==1 and not c.is_meta
+    one = isinstance(c, torch.Tensor) and c.numel()==1
     if one and c.device.type!='cpu': return c.reshape(())
     v = c.item() if one else c
     if isinstance(v, bool) or not isinstance(v, Real) or not (0 < v < math.inf or zero and v==0):

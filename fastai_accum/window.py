@@ -116,6 +116,7 @@ class Window:
         if self.reduction=='none': c = self.ref = 1
         elif zero: c,self.ref = torch.zeros_like(loss, requires_grad=False),1 # nothing counts in all of the window: momentum and weight decay act with a gradient of 0
         if isinstance(c, torch.Tensor):
+            if c.is_meta and not loss.is_meta: raise ValueError(f"the denominator of a micro-batch is {c!r}, on the 'meta' device, which has no values: return a number, or a tensor on {loss.device}")
             self._no_nan(c, sources)
             c = c.to(torch.promote_types(loss.dtype, torch.float32))
         else: guess = c
