@@ -20,6 +20,7 @@ from .losses import *
 from .window import *
 from .split import *
 from .retry import *
+from .hosts import check_trainable
 from .lockstep import hook_owners
 from .accumulate import *
 from .microbatch import *
@@ -137,6 +138,7 @@ class _AtLoss(Callback):
     order = GradientAccumulation.order-1
     def __init__(self, surrogate): self.surrogate,self.sizes = surrogate,[]
     def after_loss(self):
+        if not len(self.yb): raise ValueError("the batches of `dl` have no targets, so there is no loss to compare: pass batches `(x, y)`")
         if not self.sizes: self.seen = dict(pred=nested(_fresh, self.pred), targ=self.yb, slopes=_slopes(self.loss_grad, self.pred))
         self.sizes.append(n_samples(self.yb, self.xb))
         if self.surrogate: self.learn.loss_grad = self.surrogate(len(self.sizes)-1, self.pred, self.loss_grad)
@@ -454,6 +456,16 @@ def _fix_size(cb, n, n_step):
     cb.auto = False
     if cb.bs=='auto': cb.bs = math.ceil(n/n_step)
 
+def _usable(learn, device):
+    "Where to compute; a `ValueError` if that can't be done there"
+    if any(t.is_meta for t in (*learn.model.parameters(), *learn.model.buffers())):
+        raise ValueError("`learn.model` is on the 'meta' device, where tensors have no data: give it weights, as by `learn.model.to_empty(device='cpu')` and `learn.load(...)`")
+    res = ifnone(device, getattr(learn.dls, 'device', None) or one_param(learn.model).device)
+    try:
+        torch.zeros(1, device=res).item() # those of 'meta' have no data
+    except (RuntimeError,AssertionError,TypeError) as e: raise ValueError(f"`device`={device!r} can't be computed on ({e}): pass one that is there, such as 'cpu'") from e
+    return torch.device(res)
+
 def _check_in_float64(*args):
     "`_check` in float64, or where that can't be had in float32"
     with warnings.catch_warnings():
@@ -471,12 +483,14 @@ def check_accumulation(self:Learner,
 )->AccumulationCheck:
     "Compare the gradient of a few micro-batches with that of the large batch, and find out why they differ; the learner stays as it is"
     check_size('n_step', n_step)
+    check_trainable(self)
+    if dl is not None and (isinstance(dl, (str,dict)) or not hasattr(dl, '__iter__')): raise ValueError(f"`dl`={dl!r}: pass a loader or a list of batches, or None")
     if not isinstance(cb, (Callback,type(None))):
         raise ValueError(f"`cb`={cb!r}: pass a callback that accumulates gradients, such as `AccumulateStep(4)`, or None")
     if num_distrib()>1:
         raise ValueError(f"this is one of {num_distrib()} processes: call `check_accumulation` in a process of its own, without `distrib_ctx`")
     cb,states = _accumulator(self, cb, n_step),get_random_states()
-    device = torch.device(device or getattr(self.dls, 'device', None) or one_param(self.model).device)
+    device = _usable(self, device)
     try:
         sizes,whole = _one_batch(ifnone(dl, self.dls.train), *_unit_and_size(cb, n_step))
         _fix_size(cb, sum(sizes), n_step)

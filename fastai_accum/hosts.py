@@ -61,6 +61,8 @@ class Host(Callback):
     def learn(self): return vars(self).get('_learn')
     @learn.setter
     def learn(self, learn):
+        other = first(cb for cb in _cbs(learn) if cb is not self and isinstance(cb, Host) and cb.fitting) if isinstance(learn, Learner) else None
+        if other is not None: raise ValueError(f"{self} beside {other}: {self.clash(other)}") # its own `before_fit` is over
         if isinstance(self.learn, Learner) and self.learn is not learn: self._leave(self.learn)
         vars(self)['_learn'] = learn
         self._join()

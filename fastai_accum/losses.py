@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'wrapped', 'loss_reduction', 'loss_modules', 'loss_params', 'check_denominator',
-           'divides_by_elements', 'target_count', 'target_counts', 'denominator', 'LossTerm', 'loss_terms',
+           'known_by_type', 'target_count', 'target_counts', 'denominator', 'LossTerm', 'loss_terms',
            'shown_denominators', 'n_samples', 'loss_count', 'mixed_denominators']
 
 # %% ../nbs/00_losses.ipynb #6c090005
@@ -102,11 +102,11 @@ def _one_of(loss_func, kinds):
         loss_func = wrapped(loss_func)
     return False
 
-def divides_by_elements(
+def known_by_type(
     loss_func # A loss
 )->bool:
-    "Is `loss_func` an element-wise mean by its type?"
-    return _one_of(loss_func, counts_elements)
+    "Does the type of `loss_func` tell what it divides by?"
+    return loss_option(loss_func, 'denominator') is None and _one_of(loss_func, counts_elements|_counts_targets)
 
 def _target_weights(loss_func, targ):
     "What each of the targets adds to the denominator of `loss_func`, None if that does not depend on targets alone"
@@ -148,7 +148,7 @@ def denominator(
     own = loss_option(loss_func, 'denominator')
     if own is not None: return check_denominator(own(pred, *targs), f"`denominator` of {loss_func}", zero=True)
     if not isinstance(pred, torch.Tensor) or not targs or loss_option(loss_func, 'reduction', 'mean')!='mean': return None
-    if divides_by_elements(loss_func): return pred.numel()
+    if _one_of(loss_func, counts_elements): return pred.numel()
     if not _one_of(loss_func, _counts_targets): return None
     return pred.numel() if targs[0].is_floating_point() else target_count(loss_func, targs[0]) # of probabilities, all count
 
@@ -281,16 +281,22 @@ def n_samples(
     *bs, # Parts of a batch: its inputs, and its targets
     default=1 # If nothing tells
 )->int:
-    "Samples in a batch: a length that inputs and targets share; if there is none, the smaller one, as some have several rows for a sample"
-    sizes = [s for b in bs if (s := [k for o in b if (k := _length(o))])]
+    "Samples in a batch: a length that inputs and targets share, also if some have time first; if there is none, the smaller one, as some have several rows for a sample"
+    told = [(s,b) for b in bs if (s := [k for o in b if (k := _length(o))])]
+    sizes = [s for s,_ in told]
     if not sizes: return next((k for b in reversed(bs) for o in b if (k := _list_length(o))), default)
     most = [s[0] if s.count(s[0])==len(s) else Counter(s).most_common(1)[0][0] for s in sizes]
-    return next((k for k in reversed(most) if all(k in s for s in sizes)), min(most))
+    shared = next((k for k in reversed(most) if all(k in s for s in sizes)), None)
+    return shared or next((k for k in reversed(most) if all(k in s or any(_second(o)==k for o in b) for s,b in told)), min(most))
 
 def _length(o):
     "How many samples a tensor, an array, or a dict of these has; None if that is none of them"
     if isinstance(o, torch.Tensor) or hasattr(o, 'shape'): return o.shape[0] if len(o.shape) else None
     if isinstance(o, Mapping): return next((k for v in o.values() if (k := _length(v) or _list_length(v))), None)
+
+def _second(o):
+    "The second dimension of what may have time first: `(time, samples, channels)`, or indices `(time, samples)`"
+    if isinstance(o, torch.Tensor) and (o.ndim==3 or o.ndim==2 and not o.is_floating_point()): return o.shape[1]
 
 def _list_length(o):
     "How many samples a list has: one entry a sample, or several for all of them"

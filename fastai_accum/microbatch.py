@@ -37,7 +37,9 @@ class MicroBatchMethods(HostMethods):
         if host is None: return one()
         outer,host.passes = host.passes,None # a callback may validate in the midst of a batch
         try: host._batch(self, one) if self.training or host.valid else one()
-        finally: host.passes = outer
+        finally:
+            host.passes = outer
+            if outer is not None: host.win = outer.win
 
     def _do_grad_opt(self):
         passes = host.passes if (host := host_of(self)) else None
@@ -56,6 +58,7 @@ class MicroBatchMethods(HostMethods):
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
     order,methods = -100,MicroBatchMethods
+    per_fit = dict(passes=None)
     win,passes,depth,kept = None,None,0,True # the window of the last batch; the passes of the current one; autocasts around it; may there be gradients that are not of this batch
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -73,6 +76,7 @@ class MicroBatch(Host):
         check_choice('valid', valid, (None,False,True))
         store_attr()
         self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch')
+        self.varied = set() # outputs by rows
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
     def before_fit(self):
@@ -84,11 +88,20 @@ class MicroBatch(Host):
         self.mixed = WarnMixed('the whole batch')
         if self.normalize=='auto' and self._reduction(learn)=='mean' and (why := mixed_denominators(learn.loss_func, learn.cbs)): self.mixed.warn(learn.loss_func, why)
 
+    @contextmanager
+    def in_fit(self, learn):
+        outer = self.passes # another fit may begin within a batch
+        try:
+            with set_aside(self._mods(learn)) if outer else nullcontext(), super().in_fit(learn): yield
+        finally:
+            if outer: self.win = outer.win
+
     def busy(self): return self.passes is not None
 
     def before_train(self):
         check_trainable(self.learn)
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
+        if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
     def after_train(self): self.mixed.look(self.learn.loss_func)
@@ -218,6 +231,7 @@ class Passes:
         self.later = self._later
 
     def _later(self):
+        if self.learn.loss_grad.numel()!=1: self.learn._backward() # which says why it can't
         self.losses.append(self.learn.loss_grad)
         if self.win.last: self.backward_all()
 
@@ -330,7 +344,8 @@ def weigh(self:MicroBatch, learn):
 def _join_all(self:MicroBatch, learn, passes):
     "Let prediction and loss be those of the batch, and give gradients their scale"
     win,seen = self.win,passes.seen
-    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds) if len(passes.parts)>1 else passes.preds[0],None
+    gathers = not learn.training and any(isinstance(cb, GatherPredsCallback) for cb in learn.cbs)
+    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training and win.count:
@@ -424,8 +439,27 @@ def _ddp(self:MicroBatch): return isinstance(self.learn.model, DistributedDataPa
 @patch
 def _wait(self:MicroBatch):
     "Is communication to wait until all is computed: because it may have to be repeated, or its scale is known only then?"
-    known = self.normalize!='auto' or self.win.reduction!='mean' or self.win.counts is not None or divides_by_elements(self.learn.loss_func)
+    learn = self.learn
+    known = self.normalize!='auto' or self._reduction(learn)!='mean' or known_by_type(plain_loss(learn))
     return self.auto or self.split is not None or callable(self.normalize) or not known
+
+def _several(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
+
+@patch
+def _sharded(self:MicroBatch):
+    "What the model is, or a part of it, if several processes share it"
+    names = 'FSDPModule','FullyShardedDataParallel'
+    return first(type(m).__name__ for m in self.model.modules() if any(c.__name__ in names for c in type(m).__mro__)) if _several() else None
+
+@patch
+def _check_sharded(self:MicroBatch, kind):
+    "A `ValueError` if a model that several processes share can't be computed in micro-batches"
+    if self._wait():
+        raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
+                         f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`")
+    if self.sync_bn is True and batch_norms(self.model):
+        raise ValueError(f"`sync_bn`=True: the model is a {kind}, whose parameters come and go with each forward pass, so several of them can't run side by side. Take `sync_bn='stats'`, "
+                         "or `DistributedDataParallel`")
 
 @patch
 def _anywhere(self:MicroBatch, oom):
@@ -438,7 +472,7 @@ def _anywhere(self:MicroBatch, oom):
 @patch
 def _apart(self:MicroBatch):
     "Why processes can't agree on a size, None if they can or there is one"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1): return None
+    if not _several(): return None
     if not self._ddp: return f"the model is a {type(self.model).__name__}, and only a `DistributedDataParallel` can wait until all of them have computed the batch"
     if any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules()): return "`SyncBatchNorm` waits for all processes in mid-forward, where one may have run out of memory. Take `distrib_ctx(sync_bn=False)`"
 

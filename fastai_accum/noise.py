@@ -7,6 +7,7 @@ __all__ = ['SuggestedBS', 'ratio_interval', 'NoiseScale']
 
 # %% ../nbs/13_noise.ipynb #cf945db6
 from copy import copy,deepcopy
+from inspect import signature
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .losses import *
 from .window import *
 from .patching import *
+from .hosts import check_trainable
 from .accumulate import AccumulateStep
 from .microbatch import MicroBatch
 
@@ -30,6 +32,8 @@ def _fieller(mx, my, vx, vy, vxy, t2):
     upper = np.where(a>0, root/a, np.inf)
     return lower,upper
 
+def _check_beta(beta): check_number('beta', beta, 'a number above 0 and up to 1', lambda v: 0<v<=1)
+
 def ratio_interval(
     x:np.ndarray, # (n,), samples of the denominator; nan where there is none
     y:np.ndarray, # (n,), samples of the numerator that go with them
@@ -37,6 +41,8 @@ def ratio_interval(
     level:float=0.95 # Confidence
 )->tuple: # Three arrays (n,): the ratio, the lower and the upper end of its interval, each from the samples so far
     "mean(y)/mean(x), of which neither is negative, and its confidence interval by Fieller's theorem with Student's t; inf where mean(x) can't be told from 0"
+    _check_beta(beta)
+    check_number('level', level, 'a number between 0 and 1, such as 0.95', lambda v: 0<v<1)
     def total(o, decay=beta): return lfilter([1], [1,-decay], o) # of the samples so far
     ok = np.isfinite(x+y)
     x,y = np.where(ok, x, 0),np.where(ok, y, 0)
@@ -62,7 +68,7 @@ class NoiseScale(Callback):
     def __init__(self,
         beta:float=0.98 # What a step weighs in the estimate, over what the step after it weighs; 1: all of them weigh the same
     ):
-        if not 0<beta<=1: raise ValueError(f"`beta`={beta!r}: pass a number above 0 and up to 1")
+        _check_beta(beta)
         self.beta,self.rows,self.metric = beta,[],ValueMetric(self._latest, 'noise_scale')
 
     def before_fit(self):
@@ -158,6 +164,7 @@ def plot(self:NoiseScale,
     ax=None # A matplotlib axis, None for a figure of its own
 ):
     "Draw the noise scale and its 95 % interval over steps"
+    if not (ax is None or hasattr(ax, 'fill_between')): raise ValueError(f"`ax`={ax!r}: pass an axis of matplotlib, as one of `plt.subplots()`, or None")
     if ax is None: ax = plt.subplots()[1]
     scale,lower,upper = self._estimates()
     shown = scale[np.isfinite(scale) & (scale>0)]
@@ -173,7 +180,9 @@ class _BsFinder(LRFinder):
     name = 'lr_finder'
     def __init__(self, noise, n_it, tol): self.noise,self.num_it,self.tol,self.bs = noise,n_it,tol,1
     def before_fit(self): pass
-    def before_batch(self): self.bs = max(self.bs, n_samples(self.yb, self.xb))
+    def before_batch(self):
+        if not len(self.yb): raise ValueError("the batches of `dls.train` have no targets, so there is no loss: let it return `(x, y)`")
+        self.bs = max(self.bs, n_samples(self.yb, self.xb))
     def after_batch(self):
         if self.train_iter>=self.num_it or self.train_iter>=20 and self.narrow: raise CancelFitException
     def after_fit(self): pass
@@ -195,9 +204,16 @@ def _accumulator(learn):
                          f"{bs=}, {len(dl)=}. Take another batch size")
     return _split_finer(acc, bs) if isinstance(acc, MicroBatch) else _accumulate_more(acc, bs, len(dl))
 
+def _free(acc):
+    "`acc`, or one with its arguments if it has a window open"
+    if not acc.busy(): return acc
+    args = {k:getattr(acc, k) for k in signature(type(acc)).parameters}
+    if getattr(acc, 'auto', False): args['bs'] = 'auto'
+    return type(acc)(**args)
+
 def _split_finer(acc, bs):
     "`acc`, or one that takes an eighth of a batch of `bs`, if all of that fits in a micro-batch of `acc`"
-    if not bs or acc.bs!='auto' and acc.bs<bs: return acc
+    if not bs or acc.bs!='auto' and acc.bs<bs: return _free(acc)
     eighth = max(math.ceil(bs/8), min(2, bs//2)) # of two samples, if that leaves two parts
     return MicroBatch(eighth, acc.normalize, acc.split, acc.sync_bn, acc.offload)
 
@@ -206,7 +222,7 @@ def _accumulate_more(acc, bs, n_batches):
     n_step = min(8, n_batches)
     if acc is None: return AccumulateStep(n_step)
     unit = 1 if acc.unit=='n_step' else bs or 1
-    return acc if acc._size(0.)/unit>1 else AccumulateStep(n_step, normalize=acc.normalize, sync_bn=acc.sync_bn)
+    return _free(acc) if acc._size(0.)/unit>1 else AccumulateStep(n_step, normalize=acc.normalize, sync_bn=acc.sync_bn)
 
 # %% ../nbs/13_noise.ipynb #9d24c7ea
 @patch
@@ -220,7 +236,9 @@ def bs_find(self:Learner,
     "Launch a mock training to measure the gradient noise scale, and suggest an effective batch as a named tuple"
     check_size('n_it', n_it)
     check_size('max_n_step', max_n_step)
-    if not tol>=0: raise ValueError(f"`tol`={tol!r}: pass a number that is not negative")
+    check_number('tol', tol, 'a number that is not negative', lambda v: v>=0)
+    if not isinstance(lr, slice|None|list|tuple|L): check_number('lr', lr, 'a learning rate, a `slice` or list of them, or None', lambda v: v>=0)
+    check_trainable(self)
     noise,n_proc = NoiseScale(beta=1),num_distrib() or 1
     find = _BsFinder(noise, n_it, tol)
     with unchanged(self),self.no_logging():

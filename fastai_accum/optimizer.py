@@ -6,6 +6,7 @@
 __all__ = ['AccumulateOptimizer']
 
 # %% ../nbs/08_optimizer.ipynb #eaf90b38
+from copy import deepcopy
 from fastcore.basics import GetAttr
 
 # %% ../nbs/08_optimizer.ipynb #1fa605d3
@@ -38,6 +39,8 @@ class AccumulateOptimizer(GetAttr):
     def zero_grad(self, *args, **kwargs):
         "Zero the gradients, unless a window is open"
         return self._wait('zero_grad') if self.open else self.real_zero_grad(*args, **kwargs)
+
+    def __deepcopy__(self, memo): return deepcopy(self.wrapped, memo) # a copy does not wait for the end of a window
 
     def _wait(self, name):
         if self.on_wait is not None: self.on_wait(name)

@@ -9,9 +9,11 @@ __all__ = ['nested', 'again', 'part', 'even_cuts', 'even_sizes', 'even_parts', '
 import itertools,math,torch
 from collections.abc import MutableMapping
 from copy import copy
+from functools import partial
 from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 try: from numpy import ndarray
 except ImportError: _arrays = Tensor, # torch does without it
@@ -81,6 +83,8 @@ def even_parts(
     bs:int # Samples in a part, at most
 )->list: # Of `(xb, yb)`
     "The batch in parts of nearly equal size; a `ValueError` if it can't be split along its first dimension"
+    if isinstance(xb, _arrays):
+        raise ValueError(f"the dataloader returned a {type(xb).__name__}, where a tuple of inputs and targets is expected: let it return `(x, y)`, or `(x,)` if there are no targets")
     cuts = even_cuts(n, bs)
     xs,ys = ([_parts(o, cuts, n, f'{name}[{k}]') for k,o in enumerate(b)] for b,name in ((xb,'xb'),(yb,'yb')))
     return [(again(xb, [x[i] for x in xs]),again(yb, [y[i] for y in ys])) for i in range(len(cuts)-1)]
@@ -93,24 +97,68 @@ def _parts(o, cuts, n, name):
 # %% ../nbs/04_split.ipynb #62b149c3
 def joined(
     ns:list, # Samples in each micro-batch
-    *preds # What the model returned for it
+    *preds, # What the model returned for it
+    lists:bool=True, # May what can't be joined be a list, with an entry for each micro-batch?
+    name:str='learn.pred', # What `preds` are called, for the error
+    varied:set|None=None # The names of what had another number of rows in another micro-batch, and so is by rows; it is added to
 ):
-    "What it would have returned for the batch, without graph; what has no dimension of samples becomes a list"
-    o = preds[0]
-    if isinstance(o, Tensor):
-        try: return torch.cat([p.detach() for p in preds])
-        except RuntimeError: return [p.detach() for p in preds]
-    if isinstance(o, MutableMapping):
+    "What the model would have returned for the batch, without graph: joined along the dimension that has as many entries as there are samples, in each micro-batch"
+    o,varied = preds[0],{*()} if varied is None else varied
+    join = partial(joined, ns, lists=lists, varied=varied)
+    if isinstance(o, PackedSequence) or any(_form(p)!=_form(o) for p in preds): res = None # their samples are interleaved; it is not even the same thing
+    elif isinstance(o, Tensor): res = _joined_tensors(ns, [p.detach() for p in preds], name, varied)
+    elif isinstance(o, MutableMapping):
         res = copy(o)
-        for k in o: res[k] = joined(ns, *(p[k] for p in preds))
-        return res
-    if isinstance(o, (list,L)) and _one_each(ns, preds): return type(o)(itertools.chain(*preds))
-    return again(o, [joined(ns, *ps) for ps in zip(*preds)]) if is_listy(o) else list(preds)
+        for k in o: res[k] = join(*(p[k] for p in preds), name=f'{name}[{k!r}]')
+    elif isinstance(o, (list,L)) and (each := _one_each(ns, preds)) is not False: res = type(o)(itertools.chain(*preds)) if each else None
+    elif is_listy(o): res = again(o, [join(*ps, name=f'{name}[{k}]') for k,ps in enumerate(zip(*preds))]) if len({len(p) for p in preds})==1 else None
+    elif o is None or isinstance(o, (str,bool)) and all(p==o for p in preds): return o
+    else: res = None
+    if res is not None: return res
+    if lists: return [nested(lambda t: t.detach() if isinstance(t, Tensor) else t, p) for p in preds]
+    of = f' of shapes {[tuple(p.shape) for p in preds]}' if all(isinstance(p, Tensor) for p in preds) else ''
+    raise ValueError(f"`{name}`, a {type(o).__name__}{of} in micro-batches of {ns} samples, can't be joined: let the model return one entry a sample, or do not split "
+                     "there, with `MicroBatch(..., valid=False)`")
+
+def _form(o):
+    "What is to be alike in all micro-batches"
+    return Tensor if isinstance(o, Tensor) else (type(o),{*o}) if isinstance(o, MutableMapping) else type(o)
 
 def _one_each(ns, preds):
-    "Do the lists `preds` have an entry for each sample, and not by chance as many tensors of all samples?"
+    "Do the lists `preds` have an entry for each sample, and not by chance as many outputs for all samples? None if that can't be told"
     if any(len(p)!=n for p,n in zip(preds, ns)): return False
-    return not all(isinstance(v, Tensor) and v.shape[:1]==(n,) for p,n in zip(preds, ns) for v in p)
+    if len({*ns})>1: return True
+    if len({type(v) for p in preds for v in p})>1: return False
+    if not all(isinstance(v, Tensor) for p in preds for v in p): return True
+    whole = [all(v.shape[:1]==(n,) for v,n in zip(vs, ns)) for vs in zip(*preds)]
+    return False if all(whole) or any(_same_memory(vs) for vs in zip(*preds)) else None if any(whole) else True
+
+def _joined_tensors(ns, ts, name, varied):
+    "The tensors `ts` as one, None if that can't be told"
+    o,shapes = ts[0],[tuple(t.shape) for t in ts]
+    if any(len(s)!=o.ndim for s in shapes): return None
+    by_sample = [d for d in range(o.ndim) if all(s[d]==n for s,n in zip(shapes, ns))]
+    if _same_memory(ts, by_sample): return o # a parameter, or a buffer
+    if by_sample: return _cat(ts, shapes, by_sample[0])
+    if o.ndim and len({*shapes})==1 and _equal(ts): return o # prototypes, anchors
+    rows = [s[0] for s in shapes] if o.ndim else []
+    if len({*rows})>1: varied.add(name)
+    return _cat(ts, shapes, 0) if name in varied or rows and len({*ns})==1 and rows[0]%ns[0]==0 else None # several a sample
+
+def _cat(ts, shapes, dim):
+    "Joined along `dim`, None if they differ in others"
+    return torch.cat(ts, dim) if len({s[:dim]+s[dim+1:] for s in shapes})==1 else None
+
+def _same_memory(ts, by_sample=()):
+    "Are `ts` one tensor, and no view that is spread over as many samples as there are?"
+    o,strided = ts[0],all(t.layout==torch.strided and t.numel() for t in ts)
+    if not strided or any(o.shape[d]>1 and o.stride(d)==0 for d in by_sample): return False
+    return all((t.data_ptr(),t.shape,t.stride())==(o.data_ptr(),o.shape,o.stride()) for t in ts)
+
+def _equal(ts):
+    "Do `ts`, of one shape, have equal values? An accelerator is asked once"
+    o,*others = [t.as_subclass(Tensor) for t in ts]
+    return o.layout==torch.strided and bool(torch.stack([(t==o).all() for t in others]).all())
 
 # %% ../nbs/04_split.ipynb #292cec5b
 class Sliced:

@@ -1,7 +1,8 @@
 "Runs that would silently be another one: what other callbacks do at odd moments, and what batches, losses and loaders are made of"
-import pytest
+import pytest,warnings
 from fastai.callback.hook import ActivationStats
 from common import *
+from fastai_accum.noise import ratio_interval
 
 N,BS,N_STEP = 58,4,4
 def fit(l): l.fit(3, 0.05)
@@ -367,3 +368,239 @@ def test_hooks_for_each_batch_beside_windows_of_one():
     "Where each micro-batch is a step, nothing can go wrong"
     run(learner(64, 16, AccumulateStep(1), cbs=ActivationStats(every=2)), fit)
     with pytest.raises(ValueError, match='take `every=None`'): run(learner(64, BS, AccumulateStep(N_STEP), cbs=ActivationStats(every=2)), fit)
+
+# ---- outputs that are not samples first
+
+class Returns(nn.Module):
+    "A net that returns `f(x, logits, self)`"
+    def __init__(self, f, bn=False):
+        super().__init__()
+        self.net,self.f = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if bn else nn.Tanh(), nn.Linear(8, 3)),f
+        self.protos,self.few = nn.Parameter(torch.randn(10, 8)),nn.Parameter(torch.randn(4, 3)) # few are as many as samples in a micro-batch
+        self.token = nn.Parameter(torch.randn(1, 2, 3))
+        self.register_buffer('code', torch.ones(10, 3))
+    def forward(self, x): return self.f(x, self.net(x), self)
+
+class Sees(Callback):
+    "Keep what is there to be seen at the end of each batch"
+    order = 60
+    def before_fit(self): self.saw = []
+    def after_batch(self): self.saw.append(self.pred)
+
+def times(p, t=7): return torch.stack([p*k for k in range(1, t+1)])
+OUTPUTS = dict( # what a model returns, and its logits in that
+    time_first=(lambda x,p,m: times(p), lambda o: o[0]),
+    time_first_in_dict=(lambda x,p,m: dict(o=p, h=times(p[...,:2], 2)), lambda o: o['o']), # the hidden state of two layers
+    last=(lambda x,p,m: (p, p.T, p.T[None]), lambda o: o[0]),
+    prototypes=(lambda x,p,m: (p, m.protos), lambda o: o[0]+o[1].mean()),
+    as_many_prototypes_as_samples=(lambda x,p,m: (p, m.few), lambda o: o[0]+o[1].mean()),
+    computed_prototypes=(lambda x,p,m: (p, F.normalize(m.protos)), lambda o: o[0]+o[1].mean()),
+    buffer=(lambda x,p,m: [p, m.code, None, 'text', True], lambda o: o[0]),
+    expanded=(lambda x,p,m: (p, m.token.expand(len(x), -1, -1)), lambda o: o[0]+o[1].mean()),
+    rows=(lambda x,p,m: (p, torch.stack([p,p*2], 1).flatten(0, 1)), lambda o: o[0]), # two for each sample
+    boxes=(lambda x,p,m: (p, p[p[:,0]>p[:,1]].detach()), lambda o: o[0]))
+
+def assert_alike(a, b):
+    assert isinstance(b, Tensor) if isinstance(a, Tensor) else type(a) is type(b)
+    if isinstance(a, Tensor): assert rel(a, b)<1e-12
+    elif isinstance(a, (list,tuple)):
+        assert len(a)==len(b)
+        for p,q in zip(a, b): assert_alike(p, q)
+    elif isinstance(a, dict): assert_alike(list(a.values()), list(b.values()))
+    else: assert a==b
+
+@pytest.mark.parametrize('o', OUTPUTS)
+@pytest.mark.parametrize('bs,sync_bn', ((6,False),(4,False),(6,True)), ids=('uneven parts','even parts','exact BatchNorm'))
+def test_outputs_of_other_forms(o, bs, sync_bn):
+    "What callbacks, metrics and predictions see is what the model returns for the whole batch"
+    f,logits = OUTPUTS[o]
+    large,small = (learner(N, 16, acc, model=partial(Returns, f, sync_bn), loss_func=lambda o,t: F.cross_entropy(logits(o), t), cbs=Sees())
+                   for acc in (None, MicroBatch(bs, sync_bn=sync_bn, valid=True)))
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    assert_alike(large.sees.saw, small.sees.saw)
+    def gathered(l): return l.get_preds(act=noop, reorder=False)[0]
+    try: p = gathered(large)
+    except (TypeError,AttributeError): return # fastai can't
+    assert_alike(p, gathered(small))
+
+def packed(p):
+    lens = (p[:,0].argsort().argsort()%3).add(1).sort(descending=True)[0]
+    return nn.utils.rnn.pack_padded_sequence(times(p, 3), lens.cpu())
+
+UNJOINED = dict(
+    mean=lambda x,p,m: p.mean(), number=lambda x,p,m: float(p.mean()), packed=lambda x,p,m: packed(p), similarity=lambda x,p,m: p@p.T,
+    longest=lambda x,p,m: times(p, len(x)-3), lists=lambda x,p,m: [p]*(len(x)-4), sometimes=lambda x,p,m: p if len(x)<6 else None,
+    keys=lambda x,p,m: {len(x):p}, moving=lambda x,p,m: m.code.add_(p.detach().mean()).clone(), moments=lambda x,p,m: p.mean(0))
+
+@pytest.mark.parametrize('o', UNJOINED)
+def test_outputs_that_cannot_be_joined(o):
+    "They are no tensor that is taken for the whole batch's: a list in training, and refused where predictions are gathered"
+    f = UNJOINED[o]
+    small = learner(N, 16, MicroBatch(6, valid=True), model=partial(Returns, lambda x,p,m: (p, f(x, p, m))), loss_func=lambda o,t: F.cross_entropy(o[0], t), cbs=Sees())
+    run(small, fit)
+    whole = [s[1] for s in small.sees.saw if len(s[0])==16]
+    assert all(isinstance(s, list) and len(s)==3 for s in whole)
+    with pytest.raises(ValueError, match=r"`learn.pred\[1\]`, a .* in micro-batches of \[5, 5, 6\] samples, can't be joined: .*`MicroBatch\(..., valid=False\)`"): small.get_preds()
+    sound(small)
+
+class TimeFirst(nn.Module):
+    "A recurrent net whose inputs are `(time, samples, channels)`"
+    def __init__(self): super().__init__(); self.rnn,self.out = nn.RNN(2, 8),nn.Linear(8, 3)
+    def forward(self, x): return self.out(self.rnn(x)[0][-1])
+
+class Margin(nn.Module):
+    "A mean over samples that is not known"
+    def forward(self, pred, targ): return F.multi_margin_loss(pred, targ)
+
+def steps_first(b): return torch.stack([x.view(3, 2) for x,_ in b], 1),torch.stack([y for _,y in b])
+
+@pytest.mark.parametrize('acc', (partial(AccumulateStep, N_STEP), partial(AccumulateStep, n_samples=16)), ids=('n_step','n_samples'))
+def test_inputs_that_are_time_first(acc):
+    "Samples are counted by what inputs and targets share, and `MicroBatch` says what it can't split"
+    def mk(bs, acc=None):
+        l = learner(N, bs, acc, model=TimeFirst, loss_func=Margin(), shuffle=False)
+        for i,d in enumerate(l.dls.loaders): l.dls.loaders[i] = DataLoader(d.dataset, bs=bs, create_batch=steps_first)
+        return l
+    large,small = mk(16),mk(BS, acc())
+    for l in (large,small): run(l, fit)
+    same(large, small)
+    with pytest.raises(ValueError, match=r'`xb\[0\]` is a Tensor of shape \(3, 16, 2\) in a batch of 16 samples'): run(mk(16, MicroBatch(4)), fit)
+
+# ---- hosts that meet in the midst of a fit
+
+@pytest.mark.parametrize('event', ('before_epoch','before_batch','after_pred','after_backward','before_step','after_batch','before_validate','after_epoch'))
+@pytest.mark.parametrize('way', WAYS)
+def test_a_second_host_in_a_fit(way, event):
+    "It is refused where it is added, as it would be before a fit; the run goes on as without it"
+    bs,acc = WAYS[way]
+    class Adds(At):
+        def __call__(self, name):
+            try: super().__call__(name)
+            except ValueError as e: self.res = str(e)
+    for other in (lambda: AccumulateStep(2), lambda: MicroBatch(2)):
+        adds = Adds(event, lambda l: l.add_cb(other()), k=2)
+        plain,small = (run(learner(N, bs, acc(), cbs=cbs), fit) for cbs in ((), adds))
+        assert 'one of them is enough' in adds.res
+        same(plain, small)
+        sound(small)
+
+@pytest.mark.parametrize('event', ('before_batch','after_backward','after_step','after_batch'))
+@pytest.mark.parametrize('way', WAYS)
+def test_a_fit_within_a_batch(way, event):
+    "Of one batch, by a callback, and with the weights put back: the batch around it is what it would be"
+    class Inner(Callback): pass
+    def inner(l):
+        keep,weights = {k:v for k,v in vars(l).items() if k in 'epoch n_epoch loss train_iter pct_train dl iter n_iter xb yb pred loss_grad training'.split()},deepcopy(l.model.state_dict())
+        opt,l.opt = l.opt,None
+        l.fit(1, 0.02, cbs=Inner())
+        l.opt = opt
+        l.model.load_state_dict(weights)
+        l.model.train()
+        vars(l).update(keep)
+    bs,acc = WAYS[way]
+    at = At(event, inner, k=2)
+    plain,small = (learner(N, bs, acc(), cbs=cbs, shuffle=False) for cbs in ((), at))
+    for l in (plain,small): run(l, lambda l: l.fit(1, 0.05))
+    n = len(small.trace.steps)-len(plain.trace.steps)
+    assert n==4
+    assert rel(flat(plain.model.parameters()), flat(small.model.parameters()))<1e-12
+    sound(small)
+
+def test_bs_find_within_a_window():
+    "It leaves all as it was, also the window that is open"
+    for way,event in itertools.product(WAYS, ('before_batch','after_batch','after_step')):
+        bs,acc = WAYS[way]
+        at = At(event, lambda l: l.bs_find(n_it=3, show_plot=False), k=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            plain,small = (run(learner(N, bs, acc(), cbs=cbs), fit) for cbs in ((), at))
+        same(plain, small)
+        sound(small)
+
+# ---- arguments and batches of other functions
+
+X = torch.randn(4, 6, dtype=torch.float64)
+@pytest.mark.parametrize('call,match', (
+    (lambda l: l.bs_find(tol='x'), "`tol`='x': pass a number that is not negative"), (lambda l: l.bs_find(tol=None), '`tol`=None'), (lambda l: l.bs_find(tol=True), '`tol`=True'),
+    (lambda l: l.bs_find(tol=math.nan), '`tol`=nan'), (lambda l: l.bs_find(n_it='x'), "`n_it`='x'"), (lambda l: l.bs_find(max_n_step=1.5), '`max_n_step`=1.5'),
+    (lambda l: l.bs_find(lr='x'), "`lr`='x': pass a learning rate"), (lambda l: l.bs_find(lr=-1.), '`lr`=-1.0'), (lambda l: l.bs_find(lr=math.nan), '`lr`=nan'),
+    (lambda l: NoiseScale(beta='x'), "`beta`='x': pass a number above 0 and up to 1"), (lambda l: NoiseScale(beta=None), '`beta`=None'), (lambda l: NoiseScale(beta=True), '`beta`=True'),
+    (lambda l: NoiseScale(beta=torch.tensor(0.5)), '`beta`=tensor'), (lambda l: NoiseScale().plot(ax='x'), "`ax`='x': pass an axis"),
+    (lambda l: ratio_interval(np.ones(3), np.ones(3), beta='x'), "`beta`='x'"), (lambda l: ratio_interval(np.ones(3), np.ones(3), level=95), '`level`=95'),
+    (lambda l: l.check_accumulation('x'), "`n_step`='x'"), (lambda l: l.check_accumulation(cb='x'), "`cb`='x'"), (lambda l: l.check_accumulation(dl=3), '`dl`=3: pass a loader'),
+    (lambda l: l.check_accumulation(dl='x'), "`dl`='x'"), (lambda l: l.check_accumulation(dl={}), '`dl`={}'), (lambda l: l.check_accumulation(dl=[]), '`dl` gave no batch'),
+    (lambda l: l.check_accumulation(device='x'), "`device`='x' can't be computed on"), (lambda l: l.check_accumulation(device='meta'), "`device`='meta' can't be computed on"),
+    (lambda l: l.check_accumulation(device='cpu:x'), "`device`='cpu:x'"), (lambda l: l.check_accumulation(device=1.5), '`device`=1.5'),
+    (lambda l: l.check_accumulation(dl=[(X,)]*4), 'the batches of `dl` have no targets')))
+def test_arguments_of_tools(call, match):
+    "Each error names the argument and its value, and leaves the learner as it was"
+    learn = learner(64, BS)
+    before = flat(learn.model.parameters()).clone()
+    with pytest.raises(ValueError, match=match): call(learn)
+    assert torch.equal(before, flat(learn.model.parameters())) and learn.opt is None and len(learn.cbs)==2
+    run(learn, fit)
+
+@pytest.mark.parametrize('call', (Self.bs_find(show_plot=False), Self.check_accumulation()), ids=('bs_find','check_accumulation'))
+def test_tools_with_nothing_to_learn(call):
+    "A frozen model, one without parameters, batches without targets"
+    for model in (net, nn.Identity):
+        learn = learner(64, BS, model=model)
+        for p in learn.model.parameters(): p.requires_grad_(False)
+        with pytest.raises(ValueError, match='no parameter of `learn.model` has `requires_grad`'): call(learn)
+    learn = learner(64, BS)
+    learn.dls.loaders[0] = [(X,)]*4
+    with pytest.raises(ValueError, match='have no targets'): call(learn)
+
+def test_check_of_a_model_without_data():
+    learn = learner(64, BS)
+    learn.model.to('meta')
+    with pytest.raises(ValueError, match="`learn.model` is on the 'meta' device"): learn.check_accumulation()
+
+def in_all(make, match, kind=Exception, check=sound):
+    "The same error as without the callback, in all ways"
+    for acc in (None, *(acc for _,acc in WAYS.values()), partial(MicroBatch, 3, sync_bn=True)):
+        learn = make(acc and acc())
+        with pytest.raises(kind, match=match): run(learn, fit)
+        check(learn)
+
+def test_models_and_batches_without_data():
+    "On the `meta` device: what the plain learner says"
+    def mk(acc):
+        l = learner(64, 16, acc)
+        l.model.to('meta')
+        return l
+    in_all(mk, 'meta', check=noop)
+    def mk(acc):
+        l = learner(64, 16, acc)
+        l.dls.loaders[0] = [(torch.zeros(16, 6, dtype=torch.float64, device='meta'),torch.zeros(16, device='meta').long())]*4
+        return l
+    in_all(mk, 'meta')
+
+def test_denominators_without_data():
+    def nothing(l): return torch.tensor(3., device='meta')
+    for bs,acc in ((BS, AccumulateStep(N_STEP, normalize=nothing)), (16, MicroBatch(4, normalize=nothing))):
+        with pytest.raises(ValueError, match=r"the denominator of a micro-batch is tensor\(.*on the 'meta' device, which has no values: return a number"): run(learner(64, bs, acc), fit)
+
+def test_losses_that_are_no_number():
+    "PyTorch's own error, as without the callback"
+    def norm(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    in_all(lambda acc: learner(64, 16, acc, model=norm, loss_func=partial(F.cross_entropy, reduction='none')), 'grad can be implicitly created only for scalar outputs', RuntimeError)
+
+@pytest.mark.parametrize('way', WAYS)
+def test_batches_without_targets(way):
+    "Nothing is trained, as without the callback"
+    bs,acc = WAYS[way]
+    def mk(acc=None):
+        l = learner(64, bs, acc)
+        l.dls.loaders[0] = [(X,)]*5
+        return run(l, fit)
+    large,small = mk(),mk(acc())
+    assert rel(flat(large.model.parameters()), flat(small.model.parameters()))==0 and not small.trace.steps
+    sound(small)
+
+def test_batch_that_is_one_tensor():
+    learn = learner(64, 16, MicroBatch(2))
+    learn.dls.loaders[0] = [torch.randn(16, 6, dtype=torch.float64)]*4
+    with pytest.raises(ValueError, match=r'the dataloader returned a Tensor, where a tuple of inputs and targets is expected: let it return `\(x, y\)`'): run(learn, fit)
+    sound(learn)

@@ -547,7 +547,7 @@ def test_predictions_are_joined(o):
         assert_same_values(large.spy.saw, small.spy.saw)
 
 def test_what_has_no_samples_beside():
-    "Scalars, numbers, text and `None` beside a prediction become lists, one entry a micro-batch; of one that needed no splitting they stay"
+    "Scalars and numbers beside a prediction become lists, one entry a micro-batch; text and `None`, and all of one that needed no splitting, stay"
     def post(p): return p, p.sum(), 1.5, None, {'s':'text', 'm':p.mean()}
     def loss(pred, targ): return F.cross_entropy(pred[0], targ)
     large,small,whole = (learner(41, BS, acc, model=partial(Reads, post=post), loss_func=loss, cbs=Spy('after_batch'))
@@ -559,7 +559,7 @@ def test_what_has_no_samples_beside():
         (p,s,_,_,d),(q,t,*rest,e) = a[4],b[4]
         k = -(-len(p)//5)
         assert_same_values(p, q)
-        assert len(t)==k and rel(s, sum(t))<=1e-12 and rest==[[1.5]*k, [None]*k] and e['s']==['text']*k
+        assert len(t)==k and rel(s, sum(t))<=1e-12 and rest==[[1.5]*k, None] and e['s']=='text'
         assert len(e['m'])==k and rel(d['m'], sum(m*n for m,n in zip(e['m'], np.diff([len(q)*i//k for i in range(k+1)])))/len(q))<=1e-12
 
 def test_state_in_events():
