@@ -456,7 +456,7 @@ def _check_sharded(self:MicroBatch, kind):
     "A `ValueError` if a model that several processes share can't be computed in micro-batches"
     if self._wait():
         raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
-                         f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`")
+                         f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`; for a loss of your own that is a mean over samples, pass `normalize`='samples'")
     if self.sync_bn is True and batch_norms(self.model):
         raise ValueError(f"`sync_bn`=True: the model is a {kind}, whose parameters come and go with each forward pass, so several of them can't run side by side. Take `sync_bn='stats'`, "
                          "or `DistributedDataParallel`")

@@ -14,7 +14,7 @@ class Own(nn.CrossEntropyLoss):
     def denominator(self, pred, targ): return (targ>=0).sum()
 
 class Unknown(nn.Module):
-    "A mean over samples that is not known"
+    "A mean over samples, whose type does not tell"
     def forward(self, pred, targ): return F.multi_margin_loss(pred, targ.clamp(min=0))
 
 def split(xb, yb, bs): return [(tuple(x[i:i+bs] for x in xb),tuple(y[i:i+bs] for y in yb)) for i in range(0, len(xb[0]), bs)]
@@ -22,9 +22,9 @@ def counted(learn): return max(1, int((learn.y>=0).sum()))
 def case(loss=nn.CrossEntropyLoss, b=partial(MicroBatch, MICRO), model=net): return SimpleNamespace(**locals())
 def norm(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
 
-SAME = {'ignored targets':case(), 'samples':case(Unknown), 'sums':case(partial(nn.CrossEntropyLoss, reduction='sum'))}
+SAME = {'ignored targets':case(), 'samples':case(Unknown, b=partial(MicroBatch, MICRO, normalize='samples')), 'sums':case(partial(nn.CrossEntropyLoss, reduction='sum'))}
 NORMED = case(b=partial(MicroBatch, MICRO, sync_bn='stats'), model=norm)
-REFUSED = {'normalize':case(b=partial(MicroBatch, MICRO, normalize=counted)), 'denominator':case(Own), 'split':case(b=partial(MicroBatch, MICRO, split=split)),
+REFUSED = {'normalize':case(b=partial(MicroBatch, MICRO, normalize=counted)), 'denominator':case(Own), 'unknown':case(Unknown), 'split':case(b=partial(MicroBatch, MICRO, split=split)),
            'exact BatchNorm':case(b=partial(MicroBatch, MICRO, sync_bn=True), model=norm), 'accumulate':case(b=partial(AccumulateStep, 4)), 'auto':case(b=MicroBatch)}
 CASES = {**SAME, **REFUSED, 'stats':NORMED}
 
