@@ -176,7 +176,7 @@ def _leads(f, goals, kinds=()):
 def _scaled(f, goals):
     "The node whose result `f` multiplies or divides by one number, with a tuple of what it divides by; None if it does not"
     kind = _kind(f)
-    if kind not in ('Mul','Div'): return None
+    if kind not in ('Mul','Div') or not _inputs(f): return None
     a,b = ([g for g,_ in f.next_functions]+[None])[:2]
     if a is not None and b is not None: # by what has a gradient too, such as a learned weight: the same in all micro-batches if `goals` do not lead there
         on = _leads(a, goals),_leads(b, goals)
@@ -233,6 +233,7 @@ def loss_terms(
 )->list:
     "The `LossTerm`s that `f` adds up"
     kind,ins = _kind(f),_inputs(f)
+    if not ins: return [LossTerm(f, divs)]
     if (o := _scaled(f, goals)) is not None: return loss_terms(o[0], goals, divs+o[1])
     reduction = getattr(f, '_saved_reduction', 0)
     if reduction==1: return [LossTerm(f, divs, _nll_counts(f).sum() if kind.startswith('NllLoss') else f._saved_self.numel())]
