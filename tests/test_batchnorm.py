@@ -1,5 +1,5 @@
 "`sync_bn`: BatchNorms that see the whole batch though it is computed in parts, or that only move their running statistics by it"
-import contextvars,gc,itertools,os,signal,threading,time,traceback,types,weakref,_thread
+import contextvars,gc,itertools,os,signal,sys,threading,time,traceback,types,weakref,_thread
 import pytest
 from contextlib import contextmanager,nullcontext
 from hypothesis import example,given,settings,strategies as st
@@ -16,7 +16,7 @@ import test_oom as oom
 from test_oom import little_garbage
 from fastai_accum import batchnorm,microbatch
 from fastai_accum.batchnorm import Offload,joint_batch_norm,jointly
-from fastai_accum.lockstep import LockstepThread,lockstep,meet
+from fastai_accum.lockstep import Lockstep,LockstepThread,lockstep,meet
 from test_companions import Mixed,Spoil,gan_maker,images,skipped,words,y_int,GAN_LOSSES
 from common import *
 
@@ -406,13 +406,16 @@ def test_beside(o): same(**BESIDE[o])
 
 @pytest.mark.parametrize('mode', ('bf16','fp16'))
 def test_MixedPrecision(mode):
-    "As near to full precision as the whole batch is, after every step"
-    full,large,small = (run(one(acc, dtype=f32, cbs=cbs), fit) for acc,cbs in ((None,list), (None,mixed(mode)), (exact(),mixed(mode))))
-    assert large.mixed.seen==small.mixed.seen and large.recorder.lrs==small.recorder.lrs
-    for k in ('weights','state'):
-        for f,a,b in zip(full.trace.steps, large.trace.steps, small.trace.steps): assert rel(f[k], b[k])<=2*rel(f[k], a[k])
-    for f,a,b in zip(full.seen.bufs, large.seen.bufs, small.seen.bufs): assert all(rel(t, v)<=2*rel(t, u) for t,u,v in zip(f, a, b))
-    clean(small)
+    "As near to full precision as the whole batch is, after every step, in the mean of some runs, as what rounding makes of one is chance"
+    off = {}
+    for s in range(7, 15):
+        def model(): seed(s); return Res()
+        full,large,small = (run(one(acc, dtype=f32, cbs=cbs, model=model), fit) for acc,cbs in ((None,list), (None,mixed(mode)), (exact(),mixed(mode))))
+        assert large.mixed.seen==small.mixed.seen and large.recorder.lrs==small.recorder.lrs
+        for name,l in dict(large=large, small=small).items():
+            weights = [[rel(f[k], a[k]) for f,a in zip(full.trace.steps, l.trace.steps)] for k in ('weights','state')]
+            off.setdefault(name, []).append(np.array(weights + [[max(map(rel, f, a)) for f,a in zip(full.seen.bufs, l.seen.bufs)]]))
+    assert (np.mean(off['small'], 0)<=1.5*np.mean(off['large'], 0)).all()
 
 class Noisy(Callback):
     "Hooks that note things down: on `self`, and by module"
@@ -757,12 +760,105 @@ def test_stubborn_model():
     with deadline(5), pytest.raises(Boom): run(small, fit)
     clean(small)
 
-def test_threads_are_few():
-    "One for each micro-batch and one that joins them at most, and only in their batch"
-    most = []
-    small = one(exact(2), model=partial(probed, lambda x: most.append(len(lanes()))), cbs=lambda: [Callback(after_batch=lambda self: most.append(-len(lanes())))])
-    run(small, fit)
-    assert max(most) in (4,5) and min(most)==0
+def test_threads_last():
+    "For as long as the fit: one for each micro-batch, and others for batches of another number of micro-batches, such as the last"
+    seen,left = [],[]
+    small = one(exact(2), model=partial(probed, lambda x: seen.append(threading.get_native_id())), cbs=lambda: [Callback(after_validate=lambda self: left.append(len(lanes())))])
+    run(small, lambda l: l.fit(4, 0.1))
+    assert len({*seen}-{threading.get_native_id()})==7==max(left) and len(left)==4
+    clean(small)
+
+@pytest.mark.parametrize('event', ('before_epoch','before_batch','after_pred','after_step','before_validate','after_epoch','after_fit'))
+@pytest.mark.parametrize('exc', (Boom,KeyboardInterrupt,CancelFitException,CancelBatchException))
+def test_threads_end(event, exc):
+    "Whatever ends the fit, at whatever event, also one within another, of which each has its own; the outer one goes on"
+    def die(l): l.n = getattr(l, 'n', 0)+1; throw(exc('boom')) if l.n==2 else None
+    def inner(l):
+        n,kept = len(lanes()),{k:vars(l)[k] for k in ('epoch','n_epoch','train_iter','pct_train','dl','iter','n_iter','xb','yb') if k in vars(l)}
+        l.fit(1, 0.01)
+        vars(l).update(kept)
+        assert len(lanes())==n
+    class Inner(Callback):
+        order,done = 90,False
+        def after_epoch(self):
+            if not self.done: self.done = True; inner(self.learn)
+    small = one(exact(), cbs=lambda: [Callback(**{event:lambda self: die(self.learn)}), Inner()])
+    try:
+        with deadline(): run(small, lambda l: l.fit(2, 0.05))
+    except (Boom,KeyboardInterrupt,CancelFitException,CancelBatchException): pass # fastai does not expect them everywhere
+    clean(small)
+    assert threading.active_count()==len(threading.enumerate())
+
+def test_threads_without_a_fit():
+    "Validation by hand: they last as long as their batch"
+    small = one(exact(valid=True), model=partial(Often, track_running_stats=False))
+    large = one(model=partial(Often, track_running_stats=False))
+    for l in (large,small): seed(); l.validate()
+    assert rel(large.recorder.values[-1] if hasattr(large, 'recorder') else large.get_preds()[0], small.get_preds()[0])<=1e-12
+    clean(small)
+
+def test_threads_forget():
+    "Each run has the state of its own caller, whatever the last one had"
+    seen,m,x = [],probed(lambda x: seen.append(state())),images(8)[0][:8].float()
+    threads = Lockstep()
+    for o in [*CONTEXTS,'nothing']:
+        seen.clear()
+        with CONTEXTS[o]():
+            expect = state()
+            with jointly(m, [(x[:3],),(x[3:],)], threads=threads) as forward: forward()
+        assert set(seen)=={expect}, o
+    assert len(lanes())==2
+    threads.end()
+    assert not lanes()
+
+# ---- an interrupt at any line
+
+class Interrupts:
+    "Raise a `KeyboardInterrupt` at the `i`-th line of code in `files` that this thread comes to"
+    def __init__(self, i, *files): self.i,self.files,self.n = i,files,0
+    def trace(self, frame, event, arg):
+        if Path(frame.f_code.co_filename).name not in self.files: return
+        if event=='line':
+            self.n += 1
+            if self.n==self.i: raise KeyboardInterrupt
+        return self.trace
+    def __enter__(self): sys.settrace(self.trace); return self
+    def __exit__(self, *_): sys.settrace(None)
+
+def gone(secs=3):
+    "No thread is left, or will be in a moment"
+    end = time.time()+secs
+    while lanes() and time.time()<end: gc.collect(); time.sleep(0.001)
+    return not lanes() and threading.active_count()==len(threading.enumerate())
+
+def each_line(f, *files, step=1):
+    "Interrupt `f` at each of its lines"
+    with Interrupts(0, *files) as all_of_them: f()
+    for i in range(1, all_of_them.n+1, step):
+        with deadline():
+            try:
+                with Interrupts(i, *files): f()
+            except KeyboardInterrupt: pass
+            assert gone(), f'line {i} of {all_of_them.n}'
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_interrupt_at_any_line():
+    "While threads are started, run, waited for, or ended"
+    def share(i): return meet((i,))+meet((i,))
+    def all_of_it():
+        lockstep([partial(share, i) for i in range(2)], lambda met: [1]*len(met))
+        threads = Lockstep()
+        for n in (2,3): lockstep([partial(share, i) for i in range(n)], lambda met: [1]*len(met), threads=threads)
+        threads.end()
+    each_line(all_of_it, 'lockstep.py')
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_interrupt_at_any_line_of_a_fit():
+    "And the next fit is right"
+    small = one(exact(), n=8, model=mlp)
+    each_line(lambda: small.fit(1, 0.01), 'lockstep.py', 'batchnorm.py', 'hosts.py', step=13)
+    clean(small)
+    goes_on(small, n=8, model=mlp)
 
 # ---- 'auto'
 
