@@ -35,18 +35,24 @@ def _thread_state():
 
 class _Team:
     "What the threads of a `Lockstep` know of each other"
-    def __init__(self): self.threads,self.ended = [],False
+    def __init__(self): self.threads,self.ended,self.starting,self.exc = [],False,_thread.allocate_lock(),None
 
-    def start(self, n, started):
-        "Start `n` more threads"
-        e = None
+    def start(self, n):
+        "Start `n` more threads; by a thread that no interrupt reaches"
+        self.starting.acquire()
+        _thread.start_new_thread(self._start, (n,))
+        with self.starting: pass # wait for it
+        if self.exc is not None: raise self.exc
+
+    def _start(self, n):
         try:
             for _ in range(n):
+                if self.ended: return
                 thread = LockstepThread(self)
                 thread.start()
                 self.threads.append(thread)
-        except BaseException as exc: e = exc
-        started.put(e)
+        except BaseException as e: self.exc = e
+        finally: self.starting.release()
 
     def stop(self):
         self.ended = True
@@ -112,9 +118,7 @@ class Lockstep:
         "`n` threads that wait; they always run together, so that autograd, which counts in each thread, adds up gradients in the same order"
         if self.team.ended: self.team,self.lanes = _Team(),{}
         if n not in self.lanes:
-            started = queue.SimpleQueue()
-            _thread.start_new_thread(self.team.start, (n,started)) # by a thread that no interrupt reaches
-            if (e := started.get()) is not None: raise e
+            self.team.start(n)
             self.lanes[n] = self.team.threads[-n:]
         return self.lanes[n]
 
@@ -148,6 +152,7 @@ class Lockstep:
     def end(self):
         "End the threads, and wait until they have ended"
         self.team.stop()
+        self.team.starting.acquire(timeout=1) # some may be on their way
         for thread in self.team.threads:
             thread.join()
             thread.forget()
