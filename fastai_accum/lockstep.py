@@ -152,7 +152,7 @@ class Lockstep:
     def end(self):
         "End the threads, and wait until they have ended"
         self.team.stop()
-        self.team.starting.acquire(timeout=1) # some may be on their way
+        if self.team.starting.acquire(timeout=1): self.team.starting.release() # some may be on their way
         for thread in self.team.threads:
             thread.join()
             thread.forget()
