@@ -204,15 +204,22 @@ class _Trial:
         if off not in self.large_steps: self.large_steps[off] = self.step([self.whole], off)
         return self.large_steps[off]
 
-    def small(self, off=(), normalize=None):
-        "The step of the micro-batches"
-        cb,surrogate = deepcopy(self.cb),None
+    def small(self, off=(), normalize=None, cb=None, batches=None):
+        "The step of the micro-batches; by another `cb`, if there is one, of these `batches`"
+        cb,surrogate = deepcopy(ifnone(cb, self.cb)),None
         if 'normalize' in off: normalize = self._found_normalize()
         if normalize:
             if not hasattr(cb, 'normalize'): cb = AccumulateStep(len(self.batch_sizes))
             cb.normalize = normalize
         if 'normalize' in off or 'loss' in off: surrogate = partial(self._surrogate, off)
-        return self.step(_cut(self.whole, self.batch_sizes), off, cb, surrogate)
+        return self.step(ifnone(batches, _cut(self.whole, self.batch_sizes)), off, cb, surrogate)
+
+    def jointly(self, off):
+        "What `MicroBatch(sync_bn=True)` makes of the same micro-batches: as `difference`, and the differences of buffers"
+        def split(xb, yb, bs): return list(zip(_cut(xb, self.micro_sizes), _cut(yb, self.micro_sizes)))
+        cb = MicroBatch(max(self.micro_sizes), normalize=getattr(self.cb, 'normalize', 'auto'), split=split, sync_bn=True)
+        small,large = self.small(off, cb=cb, batches=[self.whole]),self.large(off)
+        return *self._apart(small, large),_buffer_diffs(large, small, self.dtype)
 
     def difference(self, off, **kwargs):
         "The difference between the two, relative to the large batch's, and how much of it may be chance"
@@ -274,8 +281,6 @@ def _surrogate(self:_Trial, off, i, pred, loss):
 
 # %% ../nbs/14_check.ipynb #784210a8
 _advice = dict(
-    batchnorm="each micro-batch is normalized by its own statistics. `MicroBatch(sync_bn=True)`, with a loader of whole batches, is exact; "
-              "GroupNorm, LayerNorm and frozen BatchNorm (`BnFreeze`) do not look at the batch",
     random="dropout, stochastic depth or noise draws other random numbers. Nothing to do: it is another sample of the same training",
     mixup="partners come from the micro-batch. `MicroBatch` finds them in the whole batch",
     loss="the loss of a sample depends on its neighbours, of which a micro-batch has fewer. Take micro-batches as large as memory allows",
@@ -288,6 +293,20 @@ _advice = dict(
                    "random numbers may come from a generator that no seed reaches",
     together="no cause makes the difference alone; it takes several of them")
 
+def _batchnorm_advice(trial, off, tol):
+    "What to do about `batchnorm`, as was tried without the causes in `off`"
+    if getattr(trial.cb, 'sync_bn', False) is True:
+        return "BatchNorm sees the whole batch already (`sync_bn=True`), so this is of something that acts together with it: what else looks at the batch?"
+    try: diff,chance,buffers = trial.jointly(off)
+    except Exception as e: tried = f"can't be had here: {' '.join(str(e).split())}"
+    else:
+        worst,most = max(buffers.items(), key=lambda o: o[1], default=('',0.))
+        if not diff<=max(tol, chance): tried = f"does not make it exact here: tried, its gradient is {diff:.1e} off, for which see what else is named"
+        elif not most<=max(tol, chance): tried = f"makes the gradient exact here, but `{worst}` is {most:.1e} off"
+        else: tried = "is exact here, as was tried"
+    return ("each micro-batch is normalized by its own statistics. `MicroBatch(sync_bn=True)`, with a loader of whole batches, "
+            f"{tried}. GroupNorm, LayerNorm and frozen BatchNorm (`BnFreeze`) do not look at the batch")
+
 def _normalize_advice(trial, off, tol):
     "What to do about `normalize`"
     best = first(o for o in ('auto','samples','none') if trial.difference(off, normalize=o)[0]<=tol)
@@ -298,6 +317,11 @@ def _normalize_advice(trial, off, tol):
               "or pass `AccumulateStep` or `MicroBatch` a function `normalize=(learn) -> denominator`; "
               f"here their shares are {shares}")
     return f"micro-batches do not weigh what the loss of the large batch makes of theirs. {do}"
+
+def _advise(trial, cause, off, tol):
+    "What to do about `cause`"
+    own = dict(normalize=_normalize_advice, batchnorm=_batchnorm_advice)
+    return own[cause](trial, off-{cause}, tol) if cause in own else _advice['mixed' if cause=='loss' and trial.mixed else cause]
 
 def _suspects(trial, tol):
     "The causes that there may be and that can be taken away; and notes"
@@ -329,7 +353,7 @@ def _explain(trial, small, tol):
         cause = _rest_cause(trial, off, tol)
         alone[cause] = math.hypot(alone.get(cause, 0.), rest)
     alone = dict(sorted(alone.items(), key=lambda o: -o[1])) or dict(together=trial.difference(())[0])
-    return alone,{c:_normalize_advice(trial, off-{c}, least[c]) if c=='normalize' else _advice['mixed' if c=='loss' and trial.mixed else c] for c in alone},notes
+    return alone,{c:_advise(trial, c, off, least[c] if c=='normalize' else tol) for c in alone},notes
 
 def _rest_cause(trial, off, tol):
     "What makes the difference that is left without the causes in `off`: random numbers, if another seed makes one, too"

@@ -17,6 +17,7 @@ from .patching import *
 from .hosts import *
 from .split import *
 from .retry import *
+from .lockstep import *
 from .batchnorm import *
 
 # %% ../nbs/10_microbatch.ipynb #927cc189
@@ -57,9 +58,8 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods = -100,MicroBatchMethods
-    per_fit = dict(passes=None)
-    win,passes,depth,kept = None,None,0,True # the window of the last batch; the passes of the current one; autocasts around it; may there be gradients that are not of this batch
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None)
+    threads,win,passes,depth,kept = None,None,None,0,True # in lock-step, with `sync_bn=True`; the window of the last batch; the passes of the current one; autocasts around it; may there be gradients that are not of this batch
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
@@ -97,6 +97,9 @@ class MicroBatch(Host):
             if outer: self.win = outer.win
 
     def busy(self): return self.passes is not None
+
+    def forget(self, learn):
+        if self.threads is not None: self.threads.end()
 
     def before_train(self):
         check_trainable(self.learn)
@@ -402,17 +405,17 @@ def _stateful(self:MicroBatch):
 @contextmanager
 def answering(
     model, # A module
-    out # What it has computed already
+    answer # A function that returns what it has computed already
 ):
-    "Let the next call of `model` return `out`"
-    outs = [out]
-    def call(*args, **kwargs): return outs.pop() if outs else type(model)._call_impl(model, *args, **kwargs)
+    "Let the next call of `model` return `answer()`"
+    todo = [answer]
+    def call(*args, **kwargs): return todo.pop()() if todo else type(model)._call_impl(model, *args, **kwargs)
     with stand_in(model, '_call_impl', call): yield
 
 @patch
 @contextmanager
 def _norms(self:MicroBatch, passes):
-    "Let BatchNorms see all of the batch, if they are to; the model's outputs, or None if these are still to be computed"
+    "Let BatchNorms see all of the batch, if they are to; functions that return the model's outputs, or None if these are still to be computed"
     learn = passes.learn
     model = learn.model
     inner = model.module if self._ddp else model
@@ -425,12 +428,13 @@ def _norms(self:MicroBatch, passes):
     else:
         passes.defer()
         if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
-        with jointly(inner, xs, self.offload) as forward:
-            if not self._ddp: outs = forward()
+        if self.fitting and self.threads is None: self.threads = Lockstep()
+        with jointly(inner, xs, self.offload, self.threads) as forward:
+            if not self._ddp: forward()
             else: # it prepares itself for a backward pass in its forward pass
                 model.require_backward_grad_sync,first = not self.wait,inner.forward
-                with stand_in(inner, 'forward', lambda *args: forward(first)): outs = model(*learn.xb)
-            yield outs
+                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = model(*learn.xb)
+            yield [partial(forward.answer, i) for i in range(len(xs))]
 
 # %% ../nbs/10_microbatch.ipynb #8f77ccc9
 @patch(as_prop=True)

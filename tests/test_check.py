@@ -447,3 +447,33 @@ def test_memory():
 def test_parts_of_different_denominators_are_no_neighbours(loss):
     said = str(learner(58, 4, loss_func=loss).check_accumulation(n_step=4))
     assert 'parts that divide by different numbers' in said and 'neighbours' not in said
+
+class Recomputed(nn.Module):
+    "Gradient checkpointing, with which there is no exact BatchNorm"
+    def __init__(self): super().__init__(); self.norm = nn.Sequential(nn.BatchNorm1d(16), nn.GELU())
+    def forward(self, x): return torch.utils.checkpoint.checkpoint(self.norm, x, use_reentrant=False)
+
+class Seen(Callback):
+    "A penalty on what a hook takes"
+    def before_fit(self): self.handle = self.model[2].register_forward_hook(self.hook)
+    def hook(self, m, i, o): self.act = o
+    def after_loss(self): self.learn.loss_grad = self.loss_grad+0.3*self.act.pow(2).mean()
+    def after_fit(self): self.handle.remove()
+
+class Moving(nn.Module):
+    "A buffer that moves with each forward pass, in place"
+    def __init__(self): super().__init__(); self.register_buffer('calls', torch.zeros(()))
+    def forward(self, x): self.calls.add_(1); return x
+
+@pytest.mark.parametrize('mid,cbs,says', (
+    ((nn.BatchNorm1d(16),), (), 'is exact here, as was tried'), ((nn.BatchNorm1d(16),), (Seen(),), 'is exact here, as was tried'),
+    ((Recomputed(),), (), "can't be had here: a BatchNorm is called outside"), ((nn.BatchNorm1d(16),Moving()), (), 'makes the gradient exact here, but `3.calls` is '),
+    ((nn.BatchNorm1d(16),plant(gate)), (), 'does not make it exact here')), ids=('exact','hook','checkpoint','buffer','gate'))
+def test_exact_batchnorm_is_tried(mid, cbs, says):
+    "What is said of `MicroBatch(sync_bn=True)` is what it does, measured again by hand"
+    res = make(mlp(*mid), cbs=cbs).check_accumulation(N_STEP)
+    assert says in res.advice['batchnorm'], res
+    if 'can\'t' in says: return
+    hand = make(mlp(*mid), MicroBatch(BS, sync_bn=True), bs=32, cbs=cbs).check_accumulation()
+    assert hand.ok==('is exact' in says)
+    assert (hand.diff<1e-12)==('not make' not in says)
