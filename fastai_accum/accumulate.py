@@ -59,7 +59,8 @@ class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,methods = -100,AccumulateMethods # the first to hear of a fit
     per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
-    win,accum_opt,part,at,kept = None,None,None,None,() # the open window; the optimizer that waits for its end; the training part of an epoch; this epoch and how many there are; gradients of other windows
+    win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
+    at,kept = None,() # this epoch and how many there are; gradients of other windows
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
@@ -83,7 +84,7 @@ class AccumulateStep(Host):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
         self.mixed = WarnMixed()
-        if self.normalize=='auto' and self._reduction(learn)=='mean' and (why := mixed_denominators(learn.loss_func, learn.cbs)): self.mixed.warn(learn.loss_func, why)
+        self.warn_mixed(learn)
 
     @contextmanager
     def in_fit(self, learn):
@@ -133,8 +134,9 @@ def _missing(dl):
 class TrainPart:
     "The training part of an epoch, in windows"
     def __init__(self, learn, n_win, at):
-        self.n_dl,self.n_win,self.i_win,self.at = len(learn.dl),n_win,0,at # micro-batches; windows, None if unknown; windows so far; the epoch, and how many there are
-        self.early,self.bs,self.n_drop = False,None,self.n_dl # was the window closed because the loader's end was expected; samples of the first micro-batch; the first micro-batch that is dropped
+        self.n_dl,self.n_win,self.i_win = len(learn.dl),n_win,0 # micro-batches; windows, None if unknown; windows so far
+        self.at,self.early = at,False # the epoch, and how many there are; was the window closed because the loader's end was expected
+        self.bs,self.n_drop = None,self.n_dl # samples of the first micro-batch; the first micro-batch that is dropped
         self.ddp = isinstance(learn.model, DistributedDataParallel)
         self.listeners = Listeners(learn, *micro_events)
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone

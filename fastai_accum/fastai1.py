@@ -38,8 +38,9 @@ class AccumulateStep(LearnerCallback):
         for cb in [*self.learn.callbacks, *(getattr(f, 'func', f) for f in self.learn.callback_fns)]:
             if cb is self or cb is type(self): continue
             for o in (AccumulateStep,AccumulateScheduler,MixedPrecision):
-                if isinstance(cb, o) or cb is o: raise ValueError(f"{o.__name__} beside AccumulateStep: gradients can't be kept for both; take one of them out of "
-                                                                  "`learn.callbacks` and `learn.callback_fns` (`learn.to_fp32()`, `learn.detach_accum()`)")
+                if not (isinstance(cb, o) or cb is o): continue
+                raise ValueError(f"{o.__name__} beside AccumulateStep: gradients can't be kept for both; take one of them out of "
+                                 "`learn.callbacks` and `learn.callback_fns` (`learn.to_fp32()`, `learn.detach_accum()`)")
         n = sum(getattr(f, 'func', f) is AccumulateStep for f in self.learn.callback_fns) + sum(isinstance(cb, AccumulateStep) for cb in self.learn.callbacks)
         if n>1: raise ValueError(f"{n} AccumulateSteps: one is enough; `learn.detach_accum()` takes them out, `learn.to_accum(...)` puts one in")
         self.n_epochs,self.win = n_epochs,None

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from functools import cache
+from .losses import mixed_denominators
 
 # %% ../nbs/03_hosts.ipynb #8d1f4054
 def own_class(
@@ -103,6 +104,11 @@ class Host(Callback):
                                  f"or `del learn.{own[0]}`")
         for cb in self.learn.cbs:
             if cb is not self and (why := self.clash(cb)): raise ValueError(f"{cb} beside {self}: {why}")
+
+    def warn_mixed(self, learn):
+        "Warn of a loss that no one number weighs, as far as its options tell"
+        auto = self.normalize=='auto' and self._reduction(learn)=='mean'
+        if why := mixed_denominators(learn.loss_func, learn.cbs) if auto else None: self.mixed.warn(learn.loss_func, why)
 
     def clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"

@@ -59,7 +59,8 @@ class MicroBatchMethods(HostMethods):
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None)
-    threads,win,passes,depth,kept = None,None,None,0,True # in lock-step, with `sync_bn=True`; the window of the last batch; the passes of the current one; autocasts around it; may there be gradients that are not of this batch
+    win,passes,threads = None,None,None # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`
+    depth,kept = 0,True # autocasts around the current batch; may there be gradients that are not of it
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
@@ -84,9 +85,8 @@ class MicroBatch(Host):
         if own is not Learner._do_grad_opt or '_do_grad_opt' in vars(self.learn):
             raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {self} takes: use `AccumulateStep`")
         super().before_fit()
-        learn = self.learn
         self.mixed = WarnMixed('the whole batch')
-        if self.normalize=='auto' and self._reduction(learn)=='mean' and (why := mixed_denominators(learn.loss_func, learn.cbs)): self.mixed.warn(learn.loss_func, why)
+        self.warn_mixed(self.learn)
 
     @contextmanager
     def in_fit(self, learn):
@@ -354,13 +354,16 @@ def _join_all(self:MicroBatch, learn, passes):
     if learn.training and win.count:
         win.close(partial(self._params, learn), counted=passes.all_counted)
         self.mixed.see(win, learn.loss_func)
-    if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): learn.loss = torch.cat([l for l,_ in seen])
-    elif len(seen)==1: learn.loss = seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
-    else:
-        if not win.count: # in validation, or if no backward pass was made
-            for l,c in seen: win.add(l, c)
-        learn.loss = win.mean_loss if learn.training or win.reduction=='none' else win.loss/win.denom # nan if nothing counts, as without the callback
+    learn.loss = _joined_loss(learn, win, seen)
     learn.loss_grad = learn.loss.clone()
+
+def _joined_loss(learn, win, seen):
+    "The loss of a batch, of which `seen` has the losses of micro-batches and what they divide by"
+    if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): return torch.cat([l for l,_ in seen])
+    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
+    if not win.count: # in validation, or if no backward pass was made
+        for l,c in seen: win.add(l, c)
+    return win.mean_loss if learn.training or win.reduction=='none' else win.loss/win.denom # nan if nothing counts, as without the callback
 
 @patch
 def _params(self:MicroBatch, learn): return {*self._mods(learn).parameters(), *learn.opt.all_params().itemgot(0)}

@@ -56,9 +56,13 @@ def unchanged(
         for cb in learn.cbs:
             if isinstance(cb, MixedPrecision) and autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
         learn.__class__ = cls
-        for o,c in held: o.clear(); (o.extend if isinstance(o, list) else o.update)(c)
-        for r,state in rngs: r.setstate(state)
-        for p,g in grads: p.grad = g
-        with torch.no_grad():
-            for t,v in values: t.copy_(v)
+        _put_back(held, rngs, grads, values)
         set_random_states(**states)
+
+def _put_back(held, rngs, grads, values):
+    "Pairs of what was kept, each with what it was"
+    for o,c in held: o.clear(); (o.extend if isinstance(o, list) else o.update)(c)
+    for r,state in rngs: r.setstate(state)
+    for p,g in grads: p.grad = g
+    with torch.no_grad():
+        for t,v in values: t.copy_(v)

@@ -104,21 +104,25 @@ def joined(
 ):
     "What the model would have returned for the batch, without graph: joined along the dimension that has as many entries as there are samples, in each micro-batch"
     o,varied = preds[0],{*()} if varied is None else varied
-    join = partial(joined, ns, lists=lists, varied=varied)
-    if isinstance(o, PackedSequence) or any(_form(p)!=_form(o) for p in preds): res = None # their samples are interleaved; it is not even the same thing
-    elif isinstance(o, Tensor): res = _joined_tensors(ns, [p.detach() for p in preds], name, varied)
-    elif isinstance(o, MutableMapping):
-        res = copy(o)
-        for k in o: res[k] = join(*(p[k] for p in preds), name=f'{name}[{k!r}]')
-    elif isinstance(o, (list,L)) and (each := _one_each(ns, preds)) is not False: res = type(o)(itertools.chain(*preds)) if each else None
-    elif is_listy(o): res = again(o, [join(*ps, name=f'{name}[{k}]') for k,ps in enumerate(zip(*preds))]) if len({len(p) for p in preds})==1 else None
-    elif o is None or isinstance(o, (str,bool)) and all(p==o for p in preds): return o
-    else: res = None
-    if res is not None: return res
+    if o is None or isinstance(o, (str,bool)):
+        if all(p==o for p in preds): return o
+    elif (res := _as_one(ns, preds, partial(joined, ns, lists=lists, varied=varied), name, varied)) is not None: return res
     if lists: return [nested(lambda t: t.detach() if isinstance(t, Tensor) else t, p) for p in preds]
     of = f' of shapes {[tuple(p.shape) for p in preds]}' if all(isinstance(p, Tensor) for p in preds) else ''
     raise ValueError(f"`{name}`, a {type(o).__name__}{of} in micro-batches of {ns} samples, can't be joined: let the model return one entry a sample, or do not split "
                      "there, with `MicroBatch(..., valid=False)`")
+
+def _as_one(ns, preds, join, name, varied):
+    "`preds` joined, those in lists and dicts by `join`; None if that can't be told"
+    o = preds[0]
+    if isinstance(o, PackedSequence) or any(_form(p)!=_form(o) for p in preds): return None # their samples are interleaved; it is not even the same thing
+    if isinstance(o, Tensor): return _joined_tensors(ns, [p.detach() for p in preds], name, varied)
+    if isinstance(o, MutableMapping):
+        res = copy(o)
+        for k in o: res[k] = join(*(p[k] for p in preds), name=f'{name}[{k!r}]')
+        return res
+    if isinstance(o, (list,L)) and (each := _one_each(ns, preds)) is not False: return type(o)(itertools.chain(*preds)) if each else None
+    if is_listy(o) and len({len(p) for p in preds})==1: return again(o, [join(*ps, name=f'{name}[{k}]') for k,ps in enumerate(zip(*preds))])
 
 def _form(o):
     "What is to be alike in all micro-batches"

@@ -91,12 +91,15 @@ class Window:
         self.size,self.reduction,self.expect,self.counts = size,reduction,size if expect is None else expect,counts
         self.seen,self.begun = 0,0 # micro-batches or samples, and micro-batches that have begun
         self.losses,self.denoms = [],[] # of the micro-batches that count
-        self.n,self.c,self.asked,self.last,self.closed = 1,None,None,False,False # of the current micro-batch: its size, its denominator, what it was to be weighed by, is it the last; is the window done
+        self.n,self.c,self.asked = 1,None,None # of the current micro-batch: its size, its denominator, what it was to be weighed by
+        self.last = False # is it the last
+        self.closed = False # is the window done
         self.totals,self.reduced = None,False # with several processes: denominators and losses of all of them together; are the gradients theirs
         self.total = None if counts is None else counts.sum()
         self.ref = None if counts is None else self.total+(self.total==0) # what gradients are divided by so far
         self.known,self.shares,self.hooks = None,None,[]
-        self.sums,self.shows,self.parts,self.apart = sums,False,None,False # does the loss show what it divides by; in the first micro-batch; were the parts of another one of other proportions
+        self.sums,self.shows = sums,False # does the loss show what it divides by
+        self.parts,self.apart = None,False # what its parts divide by in the first micro-batch; were they of other proportions in another one
         self.constant = [] # losses without a gradient, with what they weigh if samples count
 
     def begin(self,
@@ -119,7 +122,8 @@ class Window:
         self.asked,zero = c,not isinstance(c, torch.Tensor) and c==0
         if zero and (self.count or not self.last): return None
         if self.reduction=='none': c = self.ref = 1
-        elif zero: c,self.ref = torch.zeros_like(loss, requires_grad=False),1 # nothing counts in all of the window: momentum and weight decay act with a gradient of 0
+        elif zero: # nothing counts in all of the window: momentum and weight decay act with a gradient of 0
+            c,self.ref = torch.zeros_like(loss, requires_grad=False),1
         if isinstance(c, torch.Tensor):
             if c.is_meta and not loss.is_meta: raise ValueError(f"the denominator of a micro-batch is {c!r}, on the 'meta' device, which has no values: return a number, or a tensor on {loss.device}")
             self._no_nan(c, sources)
