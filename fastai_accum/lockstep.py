@@ -364,7 +364,7 @@ def replicas(
         if compiled(m): return m
         r = memo[id(m)] = m._replicate_for_data_parallel()
         del r._is_replica
-        vars(r).update({n:_fresh(v) for n,v in vars(m).items() if n not in _slots})
+        vars(r).update({n:_fresh(v) for n,v in vars(m).items() if isinstance(v, _boxes) and n not in _slots})
         r._parameters,r._buffers = copy(m._parameters),copy(m._buffers) # a forward pass may put others in their place for a while
         r._modules = {n:rep(c, memo) for n,c in m._modules.items()}
         if hasattr(type(m), '__del__'): r.__class__ = type(type(m).__name__, (type(m),), {'__del__':lambda self: None}) # `DynamicUnet` takes its hooks along
