@@ -250,7 +250,8 @@ def _at_hand(model):
     todo,res,inside = _hooks(model),{},{id(m) for m in model.modules()}
     while todo:
         o = todo.pop()
-        if id(o) in res or id(o) in inside or isinstance(o, (type,ModuleType,torch.Tensor)) or not (isinstance(o, _functions) or hasattr(o, '__dict__')): continue
+        if id(o) in res or id(o) in inside or isinstance(o, (type,ModuleType,torch.Tensor)): continue
+        if not (isinstance(o, _functions) or hasattr(o, '__dict__')): continue
         res[id(o)] = o
         todo += _within(o)
     return list(res.values())
@@ -263,7 +264,9 @@ def hook_owners(
 
 def _spaces(model):
     "What hooks may write to, as mappings of names to values"
-    def space(o): return _Variables(o) if isinstance(o, FunctionType) else dict(enumerate((*o.args,*o.keywords.values()))) if isinstance(o, partial) else vars(o)
+    def space(o):
+        if isinstance(o, FunctionType): return _Variables(o)
+        return dict(enumerate((*o.args,*o.keywords.values()))) if isinstance(o, partial) else vars(o)
     return [space(o) for o in _at_hand(model) if not isinstance(o, (MethodType,*_boxes))]
 
 # %% ../nbs/06_lockstep.ipynb #6c0de003
@@ -309,7 +312,8 @@ class Notes:
         for (m,_,boxes),*others in self.modules:
             for i,o in enumerate(((m,_,boxes),*others)): self.news[i].append((vars(m),{n:_moved(v, home) for n,v in self._changed(*o, boxes)}))
         self.news = [[(s,new) for s,new in news if new] for news in self.news]
-        self.lists = [(s,n,b) for s,base in [*zip(self.spaces, self.base),*((vars(ms[0][0]),ms[0][2]) for ms in self.modules)] for n,b in base.items() if isinstance(b, _Box)]
+        before = [*zip(self.spaces, self.base),*((vars(m),boxes) for (m,_,boxes),*_ in self.modules)]
+        self.lists = [(s,n,b) for s,base in before for n,b in base.items() if isinstance(b, _Box) and isinstance(b.items, list)]
         self.spaces,self.states,self.modules,self.base = [],[],[],[]
 
     @staticmethod
@@ -336,7 +340,8 @@ class Notes:
         for s,n,base in self.lists if self.news else ():
             news = [new[n] for news in self.news for t,new in news if t is s and n in new]
             k = len(base.items)
-            if len(news)<2 or not isinstance(base.items, list) or s.get(n) is not base.o or not all(v.o is base.o and all(map(_same, v.items, base.items)) for v in news): continue
+            if len(news)<2 or s.get(n) is not base.o: continue
+            if not all(v.o is base.o and len(v.items)>=k and all(map(_same, v.items, base.items)) for v in news): continue
             if _same(_look(base.o), news[-1]): news[-1].items = [*base.items, *(o for v in news for o in v.items[k:])]; news[-1].put()
         self.news = None
 
@@ -400,7 +405,7 @@ def check_assigned(
         if not all(_as_was(m._parameters, params) for m in ms): _refuse(ms[0], 'the parameters', 'as each of them has one of its own')
         for n in {n for m in ms if not _as_was(m._buffers, bufs) for n in {*m._buffers,*bufs} if m._buffers.get(n) is not bufs.get(n)}:
             first,*others = [m._buffers.get(n) for m in ms]
-            if any((first is None)!=(o is None) or o is not None and o.shape!=first.shape for o in others): _refuse(ms[0], f'buffer `{n}`', 'where the whole batch has one')
+            if len({o if o is None else o.shape for o in (first,*others)})>1: _refuse(ms[0], f'buffer `{n}`', 'where the whole batch has one')
             pairs += [(ms[0],n,torch.isclose(o, first, rtol=0, atol=0, equal_nan=True).all()) for o in others if o is not None]
     if pairs and not all(same := torch.stack([o.to(pairs[0][2].device) for *_,o in pairs]).tolist()):
         m,n,_ = pairs[same.index(False)]
