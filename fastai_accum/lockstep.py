@@ -250,8 +250,8 @@ def _at_hand(model):
     todo,res,inside = _hooks(model),{},{id(m) for m in model.modules()}
     while todo:
         o = todo.pop()
-        writes = isinstance(o, _functions) or hasattr(o, '__dict__') and not isinstance(o, (type,ModuleType,torch.Tensor))
-        if id(o) in res or id(o) in inside or not writes: continue
+        if id(o) in res or id(o) in inside or isinstance(o, (type,ModuleType,torch.Tensor)): continue
+        if not (isinstance(o, _functions) or hasattr(o, '__dict__')): continue
         res[id(o)] = o
         todo += _within(o)
     return list(res.values())
@@ -265,8 +265,8 @@ def hook_owners(
 def _spaces(model):
     "What hooks may write to, as mappings of names to values"
     def space(o):
-        if isinstance(o, partial): return dict(enumerate((*o.args,*o.keywords.values())))
-        return _Variables(o) if isinstance(o, FunctionType) else vars(o)
+        if isinstance(o, FunctionType): return _Variables(o)
+        return dict(enumerate((*o.args,*o.keywords.values()))) if isinstance(o, partial) else vars(o)
     return [space(o) for o in _at_hand(model) if not isinstance(o, (MethodType,*_boxes))]
 
 # %% ../nbs/06_lockstep.ipynb #6c0de003
@@ -312,8 +312,8 @@ class Notes:
         for (m,_,boxes),*others in self.modules:
             for i,o in enumerate(((m,_,boxes),*others)): self.news[i].append((vars(m),{n:_moved(v, home) for n,v in self._changed(*o, boxes)}))
         self.news = [[(s,new) for s,new in news if new] for news in self.news]
-        bases = [*zip(self.spaces, self.base), *((vars(m),boxes) for (m,_,boxes),*_ in self.modules)]
-        self.lists = [(s,n,b) for s,base in bases for n,b in base.items() if isinstance(b, _Box)]
+        before = [*zip(self.spaces, self.base),*((vars(m),boxes) for (m,_,boxes),*_ in self.modules)]
+        self.lists = [(s,n,b) for s,base in before for n,b in base.items() if isinstance(b, _Box) and isinstance(b.items, list)]
         self.spaces,self.states,self.modules,self.base = [],[],[],[]
 
     @staticmethod
@@ -340,8 +340,8 @@ class Notes:
         for s,n,base in self.lists if self.news else ():
             news = [new[n] for news in self.news for t,new in news if t is s and n in new]
             k = len(base.items)
-            if len(news)<2 or not isinstance(base.items, list) or s.get(n) is not base.o: continue
-            if any(v.o is not base.o or not all(map(_same, v.items, base.items)) for v in news): continue
+            if len(news)<2 or s.get(n) is not base.o: continue
+            if not all(v.o is base.o and len(v.items)>=k and all(map(_same, v.items, base.items)) for v in news): continue
             if _same(_look(base.o), news[-1]): news[-1].items = [*base.items, *(o for v in news for o in v.items[k:])]; news[-1].put()
         self.news = None
 
@@ -369,7 +369,7 @@ def replicas(
         if compiled(m): return m
         r = memo[id(m)] = m._replicate_for_data_parallel()
         del r._is_replica
-        vars(r).update({n:_fresh(v) for n,v in vars(m).items() if n not in _slots})
+        vars(r).update({n:_fresh(v) for n,v in vars(m).items() if isinstance(v, _boxes) and n not in _slots})
         r._parameters,r._buffers = copy(m._parameters),copy(m._buffers) # a forward pass may put others in their place for a while
         r._modules = {n:rep(c, memo) for n,c in m._modules.items()}
         if hasattr(type(m), '__del__'): r.__class__ = type(type(m).__name__, (type(m),), {'__del__':lambda self: None}) # `DynamicUnet` takes its hooks along
@@ -405,8 +405,7 @@ def check_assigned(
         if not all(_as_was(m._parameters, params) for m in ms): _refuse(ms[0], 'the parameters', 'as each of them has one of its own')
         for n in {n for m in ms if not _as_was(m._buffers, bufs) for n in {*m._buffers,*bufs} if m._buffers.get(n) is not bufs.get(n)}:
             first,*others = [m._buffers.get(n) for m in ms]
-            def shape(o): return None if o is None else o.shape
-            if any(shape(o)!=shape(first) for o in others): _refuse(ms[0], f'buffer `{n}`', 'where the whole batch has one')
+            if len({o if o is None else o.shape for o in (first,*others)})>1: _refuse(ms[0], f'buffer `{n}`', 'where the whole batch has one')
             pairs += [(ms[0],n,torch.isclose(o, first, rtol=0, atol=0, equal_nan=True).all()) for o in others if o is not None]
     if pairs and not all(same := torch.stack([o.to(pairs[0][2].device) for *_,o in pairs]).tolist()):
         m,n,_ = pairs[same.index(False)]

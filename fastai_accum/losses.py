@@ -268,6 +268,7 @@ def shown_denominators(
     n:int # Samples
 )->list: # Numbers or one-element tensors, those for which samples stand in last; all 'sum' if it sums; empty if it shows none
     "What the means that `loss` adds up divide by, as far as they depend on `pred`"
+    if loss.grad_fn is None: return [] # it is a parameter
     goals = {o.grad_fn for o in tree_leaves(pred) if isinstance(o, torch.Tensor)}-{None}
     terms = loss_terms(loss.grad_fn, goals)
     if len(terms)>1:
