@@ -268,7 +268,8 @@ def _terms(f, divs, goals):
     if not ins: return [LossTerm(f, divs)]
     if (o := _scaled(f, goals)) is not None: return [(o[0],divs+o[1],None,None) if o[0] is not None else LossTerm(f, divs, 'zero')]
     if (t := _reduced(f, divs)) is not None: return [t]
-    if kind in _sums|{'Mean'} and (size := _size(f)) is not None: return [LossTerm(f, divs, 0)] if 0 in size else [(ins[0],divs,size,_averaged(f) if kind=='Mean' else None)]
+    if kind in _sums|{'Mean'} and (size := _size(f)) is not None:
+        return [LossTerm(f, divs, 0)] if 0 in size else [(ins[0],divs,size,_averaged(f) if kind=='Mean' else None)]
     return [(g,divs,None,None) for g in ins] if kind in _linear|_sums|{'Mean'} else [LossTerm(f, divs)]
 
 def _reduced(f, divs):
@@ -287,7 +288,8 @@ def _summed(f, divs, size, counts, goals, n):
     if (gs := _list(f, size)) is not None: return [(g,inner,None,None) for g in gs]
     if kind=='Mean' and (0 in _dims(f) or not mean and _leads(f, goals, _first_moved)): return [LossTerm(f, inner, _averaged(f) if 0 in _dims(f) else None)]
     if counts is None and n!=1: counts = _counts(f) # a count of at least 1 looks like one sample
-    if kind in _linear|{'Mean','Sum','Mul','Div','Where','MaskedFill'} and (len(ins)==1 or kind in ('Add','Sub','Rsub')): return [(g,divs,size if kind in _linear|_keeps else (),counts) for g in ins]
+    if kind in _linear|{'Mean','Sum','Mul','Div','Where','MaskedFill'} and (len(ins)==1 or kind in ('Add','Sub','Rsub')):
+        return [(g,divs,size if kind in _linear|_keeps else (),counts) for g in ins]
     return [LossTerm(f, divs, counts) if mean else LossTerm(f, divs, 'sum', (counts,))]
 
 def _counts(f):
