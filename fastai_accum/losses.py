@@ -155,26 +155,27 @@ def denominator(
 # %% ../nbs/00_losses.ipynb #33ff65f4
 _linear = {'Add','Sub','Rsub','Neg','Clone','Alias','View','UnsafeView','ReshapeAlias','Squeeze','Unsqueeze','Expand','Permute','ToCopy','NanToNum'}
 _sums = {'Sum','Nansum','Dot','Bmm','Mm','Mv'}
-_picks = {'Select','Unbind','Slice','Split','SplitWithSizes','Narrow'}
+_keeps = {'Mul','Div','Neg','Clone','ToCopy'} # shapes
 
-def _kind(f): return type(f).__name__.split('Backward')[0]
+def _kind(f): return '' if isinstance(f, torch.autograd.function.BackwardCFunction) else type(f).__name__.split('Backward')[0] # a function of Python's may have any name
 
 def _inputs(f): return [g for g,_ in f.next_functions if g is not None]
 
-def _leads(f, goals, kinds=()):
-    "Does node `f` lead to one of `goals`, or to a node of one of `kinds` on the way?"
+def _leads(f, goals, is_one=None, no=()):
+    "Does node `f` lead to one of `goals`, or to a node that `is_one` on the way? Those in `no` are known not to; a set of them grows"
     todo,seen = [f],set()
     while todo:
         g = todo.pop()
-        if _kind(g) in kinds: return True
+        if is_one and is_one(g): return True
         if g in goals:
-            if not kinds: return True
-        elif g not in seen: todo += _inputs(g)
+            if not is_one: return True
+        elif g not in seen and g not in no: todo += _inputs(g)
         seen.add(g)
+    if isinstance(no, set): no |= seen
     return False
 
-def _scaled(f, goals):
-    "The node whose result `f` multiplies or divides by one number, with a tuple of what it divides by; None if it does not"
+def _scaled(f, goals, one=True):
+    "The node whose result `f` multiplies or divides by one number, with a tuple of what it divides by; None if it does not. Is a tensor of one element `one`, or may it be a sample's?"
     kind = _kind(f)
     if kind not in ('Mul','Div') or not _inputs(f): return None
     a,b = ([g for g,_ in f.next_functions]+[None])[:2]
@@ -182,8 +183,9 @@ def _scaled(f, goals):
         on = _leads(a, goals),_leads(b, goals)
         return (a,()) if on==(True,False) else (b,()) if on==(False,True) and kind=='Mul' else None
     o = f._saved_self if a is None else f._saved_other
-    if kind=='Div' and a is None or isinstance(o, torch.Tensor) and o.numel()>1: return None
+    if kind=='Div' and a is None or isinstance(o, torch.Tensor) and (o.numel()!=1 or o.ndim and not one): return None
     if kind=='Div': return a,(o,)
+    if isinstance(o, torch.Tensor) and o.device.type=='cpu' and o.ndim==0 and o==0: return None,() # it adds nothing
     computed = isinstance(o, torch.Tensor) and o.is_floating_point() and o.dtype!=torch.float64 # numbers of Python's are in float64
     return a or b,((1/o.masked_fill(o==0, 1),) if computed else ())
 
@@ -194,6 +196,12 @@ def _dims(f):
     n = len(_sizes(f))
     return [d if d<n else d-2**64+n for d in getattr(f, '_saved_dim', None) or range(n)] # negative ones are kept as unsigned numbers
 
+def _size(f):
+    "The shape of what node `f` sums, None if that is one number"
+    o = f if hasattr(f, '_saved_self_sym_sizes') else next((t for k in ('_saved_self','_saved_tensor') if (t := getattr(f, k, None)) is not None), None)
+    size = () if o is None else tuple(_sizes(f) if o is f else o.shape)
+    return size if size or _kind(f) not in ('Sum','Mean','Nansum') else None
+
 def _averaged(f): return math.prod(_sizes(f)[d] for d in _dims(f))
 
 def _nll_counts(f):
@@ -201,11 +209,22 @@ def _nll_counts(f):
     ignored = f._saved_ignore_index
     return _counting(f._saved_target, ignored if ignored<2**63 else ignored-2**64, f._saved_weight)
 
-def _of_list(f):
-    "Does node `f` reduce a list of losses, each a number?"
-    g,sizes = _inputs(f)[0],_sizes(f)
-    kinds = {_kind(h) for h in _inputs(g)}
-    return sizes==(len(g.next_functions),) and (_kind(g)=='Stack' or _kind(g)=='Cat' and kinds<={'Unsqueeze','View','ReshapeAlias'})
+def _list(f, size):
+    "The losses, each a number, that node `f` made a list of `size`; None if it did not"
+    kind,kinds = _kind(f),{_kind(g) for g in _inputs(f)}
+    if size==(len(f.next_functions),) and (kind=='Stack' or kind=='Cat' and kinds<={'Unsqueeze','View','ReshapeAlias'}): return _inputs(f)
+
+def _first_moved(f):
+    "Does node `f` put another dimension first?"
+    kind = _kind(f)
+    return kind=='T' or kind=='Transpose' and 0 in (f._saved_dim0,f._saved_dim1) or kind=='Permute' and f._saved_dims[0]!=0
+
+def _picks(f, n):
+    "Does node `f` take one of `n` samples?"
+    kind = _kind(f)
+    if kind not in ('Select','Unbind','Slice','Split') or f._saved_dim!=0: return False
+    if (_sizes(f)[0] if kind in ('Select','Slice') else len(getattr(f, '_input_metadata', ())))!=n: return False
+    return kind in ('Select','Unbind') or (f._saved_end-f._saved_start if kind=='Slice' else f._saved_split_size)==1
 
 # %% ../nbs/00_losses.ipynb #b853b2ee
 class LossTerm:
@@ -213,8 +232,8 @@ class LossTerm:
     def __init__(self,
         node, # Of autograd's graph
         divs:tuple=(), # What it is divided by afterwards
-        n=None, # How many it is the mean of; 'sum' if it sums; None if that can't be seen
-        counts=None # Which of its elements count
+        n=None, # How many it is the mean of; 'sum' if it sums; 'zero' if it is multiplied by 0; None if that can't be seen
+        counts:tuple=() # For each part of a sum, which of its elements count, or None
     ):
         self.node,self.divs,self.n,self.counts = node,divs,n,counts
 
@@ -223,35 +242,55 @@ class LossTerm:
         "What the term divides by in all"
         if self.n is None or self.n=='sum' and not self.divs: return self.n
         c = math.prod([o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in self.divs], start=1 if self.n=='sum' else self.n)
-        if self.counts is not None: c = c*~((self.counts==0).all() & torch.as_tensor(c<=1)) # sums are often divided by a count that is made at least 1
+        if self.counts and all(o is not None for o in self.counts): # sums are often divided by a count that is made at least 1
+            c = c*~(torch.stack([(o==0).all() for o in self.counts]).all() & torch.as_tensor(c<=1))
         return abs(c.item() if isinstance(c, torch.Tensor) and c.device.type=='cpu' else c)
 
 def loss_terms(
     f, # A node of autograd's graph, such as `loss.grad_fn`
     goals:set=frozenset(), # The nodes of what the model returned
-    divs:tuple=() # What its result is divided by
+    n:int|None=None # Samples
 )->list:
     "The `LossTerm`s that `f` adds up"
+    todo,seen,res = [(f,(),None,None)],{},[] # a node, what its result is divided by, and of a sum its shape, with which elements count, or how many it is the mean of
+    while todo:
+        o = todo.pop()
+        if isinstance(o, LossTerm): res.append(o)
+        elif o[2] is not None: todo += reversed(_summed(*o, goals, n))
+        elif (key := (o[0],*map(id, o[1]))) not in seen:
+            seen[key] = o # what is added twice is one term
+            todo += reversed(_terms(*o[:2], goals))
+    return res
+
+def _terms(f, divs, goals):
+    "The terms of what node `f` returned, a number, as far as one step shows them"
     kind,ins = _kind(f),_inputs(f)
     if not ins: return [LossTerm(f, divs)]
-    if (o := _scaled(f, goals)) is not None: return loss_terms(o[0], goals, divs+o[1])
-    reduction = getattr(f, '_saved_reduction', 0)
-    if reduction==1: return [LossTerm(f, divs, _nll_counts(f).sum() if kind.startswith('NllLoss') else f._saved_self.numel())]
-    if reduction==2: return [LossTerm(f, divs, 'sum')]
-    if kind in _sums|{'Mean'} and _of_list(f): return [t for g in _inputs(ins[0]) for t in loss_terms(g, goals, (*divs,_averaged(f)) if kind=='Mean' else divs)]
-    if kind=='Mean': return [LossTerm(f, divs, _averaged(f))]
-    if kind in _sums: return [LossTerm(f, divs, 0)] if 0 in _sizes(f) else _summed(ins[0], goals, divs)
-    if kind in _linear: return [t for g in ins for t in loss_terms(g, goals, divs)]
-    return [LossTerm(f, divs)]
+    if (o := _scaled(f, goals)) is not None: return [(o[0],divs+o[1],None,None) if o[0] is not None else LossTerm(f, divs, 'zero')]
+    if (t := _reduced(f, divs)) is not None: return [t]
+    if kind in _sums|{'Mean'} and (size := _size(f)) is not None:
+        return [LossTerm(f, divs, 0)] if 0 in size else [(ins[0],divs,size,_averaged(f) if kind=='Mean' else None)]
+    return [(g,divs,None,None) for g in ins] if kind in _linear|_sums|{'Mean'} else [LossTerm(f, divs)]
 
-def _summed(f, goals, divs, counts=None):
-    "The terms of a sum over what node `f` returned"
+def _reduced(f, divs):
+    "The term of node `f` if it is a loss of PyTorch's that reduces"
+    reduction = getattr(f, '_saved_reduction', 0)
+    if reduction==1: return LossTerm(f, divs, _nll_counts(f).sum() if _kind(f).startswith('NllLoss') else f._saved_self.numel())
+    if reduction==2: return LossTerm(f, divs, 'sum')
+
+def _summed(f, divs, size, counts, goals, n):
+    "The terms of a sum over what node `f` returned, as far as one step shows them"
     kind,ins = _kind(f),_inputs(f)
-    if (o := _scaled(f, goals)) is not None: return _summed(o[0], goals, divs+o[1], counts)
-    if kind=='Mean' and 0 in _dims(f): return [LossTerm(f, divs, _averaged(f))]
-    if counts is None: counts = _counts(f)
-    if kind in _linear|{'Mean','Sum','Mul','Div','Where','MaskedFill'} and len(ins)==1: return _summed(ins[0], goals, divs, counts)
-    return [LossTerm(f, divs, 'sum', counts)]
+    if (o := _scaled(f, goals, n!=1)) is not None: return [(o[0],divs+o[1],size,counts) if o[0] is not None else LossTerm(f, divs, 'zero')]
+    mean = isinstance(counts, int)
+    inner = (*divs,counts) if mean else divs
+    if (t := _reduced(f, inner)) is not None: return [t]
+    if (gs := _list(f, size)) is not None: return [(g,inner,None,None) for g in gs]
+    if kind=='Mean' and (0 in _dims(f) or not mean and _leads(f, goals, _first_moved)): return [LossTerm(f, inner, _averaged(f) if 0 in _dims(f) else None)]
+    if counts is None and n!=1: counts = _counts(f) # a count of at least 1 looks like one sample
+    if kind in _linear|{'Mean','Sum','Mul','Div','Where','MaskedFill'} and (len(ins)==1 or kind in ('Add','Sub','Rsub')):
+        return [(g,divs,size if kind in _linear|_keeps else (),counts) for g in ins]
+    return [LossTerm(f, divs, counts) if mean else LossTerm(f, divs, 'sum', (counts,))]
 
 def _counts(f):
     "Which elements of what node `f` returned are not made 0, None if it makes none so"
@@ -262,6 +301,15 @@ def _counts(f):
     if kind.startswith('NllLoss'): return _nll_counts(f)
 
 # %% ../nbs/00_losses.ipynb #31723e4f
+def _joined(terms):
+    "`terms`, in which sums that are divided by the same are one sum"
+    res = {}
+    for t in terms:
+        key = ('sum',*map(id, t.divs)) if t.n=='sum' else t
+        if key in res: res[key].counts += t.counts
+        else: res[key] = t
+    return [*res.values()]
+
 def shown_denominators(
     loss, # What the loss function returned for a micro-batch
     pred, # What the model returned
@@ -270,10 +318,13 @@ def shown_denominators(
     "What the means that `loss` adds up divide by, as far as they depend on `pred`"
     if loss.grad_fn is None: return [] # it is a parameter
     goals = {o.grad_fn for o in tree_leaves(pred) if isinstance(o, torch.Tensor)}-{None}
-    terms = loss_terms(loss.grad_fn, goals)
+    terms,no = _joined(loss_terms(loss.grad_fn, goals, n)) if loss.grad_fn is not None else [],set()
+    terms = [t for t in terms if t.n!='zero'] or [LossTerm(None, t.divs, 'sum') for t in terms[:1] if t.divs]
     if len(terms)>1:
-        terms = [t for t in terms if _leads(t.node, goals)] or terms
-        if len(terms)==n and all(_leads(t.node, goals, _picks) for t in terms): terms = [LossTerm(None, terms[0].divs, 'sum')] # one for each sample
+        terms = [t for t in terms if _leads(t.node, goals, no=no)] or terms
+    if terms and (len(terms)>1 or terms[0].divs) and all(t.node and _leads(t.node, goals, partial(_picks, n=n)) for t in terms): # one for each sample
+        shared = [o[0] for o in zip(*(t.divs for t in terms)) if all(v is o[0] for v in o)]
+        terms = [LossTerm(None, tuple(shared[:1] if len(terms)==1 else shared), 'sum')]
     cs = [t.denominator for t in terms]
     seen = [c for c in cs if c is not None]
     return seen + [n]*(len(cs)-len(seen)) if seen else []

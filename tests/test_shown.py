@@ -226,6 +226,50 @@ def test_numbers_on_an_accelerator_are_looked_at_later():
         watch.see(win, 'loss')
         watch.look('loss')
 
+# ---- what looks like something else
+
+class Mul(torch.autograd.Function):
+    "A function that is called as one of PyTorch's"
+    @staticmethod
+    def forward(ctx, x): return x*3
+    @staticmethod
+    def backward(ctx, g): return g*3
+
+class Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.n = len(x); return x.mean()
+    @staticmethod
+    def backward(ctx, g): return g.expand(ctx.n)/ctx.n
+
+def doubled(p, t):
+    l = ce(p, t)
+    for _ in range(60): l = l*0.5 + l*0.5
+    return l
+
+def pair_of(p, t): return torch.stack([ce(p, t), ce(p*2, t)])
+def column(p, i): return F.mse_loss(p[:,i%3], torch.ones(len(p)).to(p))
+def in_layers(p, t): return sum(ce(q, t) for q in torch.stack([p*k for k in range(1, 6)]))/5
+def skips(p, t): return sum((q[:u+1].pow(2).mean() for q,u in zip(p, t) if u>0), p.sum()*0)/len(t)
+def or_zero(p, t): return ce(p, t) + 0*p.sum()
+ALIKE = dict(mul=lambda p,t: Mul.apply(ce(p, t)), mean=lambda p,t: Mean.apply(each(p, t)), many=lambda p,t: sum(ce(p, t)/1500 for _ in range(1500)), doubled=doubled,
+    weighted_list=lambda p,t: (pair_of(p, t)*W[:2].to(p)).sum(), shifted_list=lambda p,t: (pair_of(p, t)*W[:2].to(p)+W[1:].to(p)).sum(), mean_of_list=lambda p,t: (pair_of(p, t)*W[:2].to(p)).mean(), dot_of_list=lambda p,t: pair_of(p, t)@W[:2].to(p),
+    mean_of_number=lambda p,t: ce(p, t).mean(), sum_of_number=lambda p,t: ce(p, t, ignore_index=0).sum(), mean_of_columns=lambda p,t: p.pow(2).mean(0).mean(), transposed=lambda p,t: p.pow(2).t().mean(1).sum(),
+    four_tasks=lambda p,t: sum(column(p, i) for i in range(4)), three_tasks=lambda p,t: sum(column(p, i) for i in range(3))/3, two_tasks=lambda p,t: sum(column(p, i) for i in range(2)), layers=in_layers, skips=skips, zero=or_zero,
+    chunks=lambda p,t: sum(ce(q, u, reduction='sum') for q,u in zip(p.chunk(2), t.chunk(2)))/len(t), each_masked=lambda p,t: sum(q.pow(2).sum()/(1+(q.detach()>0).sum()) for q in p)/len(t))
+OF_ONE = dict(samples=SHOWN['samples'], mean_of_each=lambda p,t: (p.pow(2)*(p.detach()>0)).sum(1).div((p.detach()>0).sum(1).clamp(min=1)).sum()/len(t), stacked=lambda p,t: torch.stack([q[:k+1].pow(2).mean() for q,k in zip(p, t)]).sum()/len(t))
+
+@pytest.mark.parametrize('name', ALIKE)
+@pytest.mark.parametrize('way', ('acc','micro'))
+def test_what_looks_alike(way, name):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*no one number', UserWarning)
+        same(*pair(way, lambda: ALIKE[name], fit=lambda l: l.fit(1, 0.05)))
+
+@pytest.mark.parametrize('name', OF_ONE)
+def test_micro_batches_of_one_sample(name):
+    large,small = (run(learner(N, 16, acc, loss_func=OF_ONE[name]), fit) for acc in (None,MicroBatch(1)))
+    same(large, small)
+
 # ---- losses with parameters
 
 class Learned(nn.Module):
