@@ -404,6 +404,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.losses.LossTerm.__init__': ('losses.html#lossterm.__init__', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses.LossTerm.denominator': ( 'losses.html#lossterm.denominator',
                                                                                    'fastai_accum/losses.py'),
+                                     'fastai_accum.losses._are_shares': ('losses.html#_are_shares', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._averaged': ('losses.html#_averaged', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._counting': ('losses.html#_counting', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._counts': ('losses.html#_counts', 'fastai_accum/losses.py'),

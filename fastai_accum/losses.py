@@ -240,11 +240,17 @@ class LossTerm:
     @property
     def denominator(self): # A number; a one-element tensor on an accelerator, where looking at it would make the host wait; 'sum' if there is none; None if it can't be seen
         "What the term divides by in all"
-        if self.n is None or self.n=='sum' and not self.divs: return self.n
+        if self.n is None: return None
+        if self.n=='sum' and not self.divs: return None if any(map(_are_shares, self.counts)) else 'sum'
         c = math.prod([o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in self.divs], start=1 if self.n=='sum' else self.n)
         if self.counts and all(o is not None for o in self.counts): # sums are often divided by a count that is made at least 1
             c = c*~(torch.stack([(o==0).all() for o in self.counts]).all() & torch.as_tensor(c<=1))
         return abs(c.item() if isinstance(c, torch.Tensor) and c.device.type=='cpu' else c)
+
+def _are_shares(o):
+    "Are `o` weights that were made to add up to 1? On an accelerator they may be, and samples are counted then"
+    if o is None or not o.is_floating_point(): return False
+    return o.device.type!='cpu' or abs(o.sum().item()-1)<1e-4
 
 def loss_terms(
     f, # A node of autograd's graph, such as `loss.grad_fn`
@@ -318,11 +324,12 @@ def shown_denominators(
     "What the means that `loss` adds up divide by, as far as they depend on `pred`"
     if loss.grad_fn is None: return [] # it is a parameter
     goals = {o.grad_fn for o in tree_leaves(pred) if isinstance(o, torch.Tensor)}-{None}
-    terms,no = _joined(loss_terms(loss.grad_fn, goals, n)) if loss.grad_fn is not None else [],set()
+    terms,no = _joined(loss_terms(loss.grad_fn, goals, n)),set()
     terms = [t for t in terms if t.n!='zero'] or [LossTerm(None, t.divs, 'sum') for t in terms[:1] if t.divs]
     if len(terms)>1:
         terms = [t for t in terms if _leads(t.node, goals, no=no)] or terms
-    if terms and (len(terms)>1 or terms[0].divs) and all(t.node and _leads(t.node, goals, partial(_picks, n=n)) for t in terms): # one for each sample
+    several = len(terms)>1 or terms and terms[0].divs
+    if several and all(t.node and _leads(t.node, goals, partial(_picks, n=n)) for t in terms): # one for each sample
         shared = [o[0] for o in zip(*(t.divs for t in terms)) if all(v is o[0] for v in o)]
         terms = [LossTerm(None, tuple(shared[:1] if len(terms)==1 else shared), 'sum')]
     cs = [t.denominator for t in terms]
