@@ -42,8 +42,8 @@ docs: env
 
 test: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
-	ls nbs/*.ipynb | xargs -n 1 -P 2 $(VENV)/bin/nbdev-test # a process for each, as notebooks patch fastai's classes
-	$(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
+	ls nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(VENV)/bin/nbdev-test # two processes of one thread each; a process for each notebook, as they patch fastai's classes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
 	$(MAKE) test-fastai1
 
 # fastai 1 in a folder of its own, ahead of fastai 2; torch and all else are the environment's

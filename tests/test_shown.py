@@ -145,7 +145,6 @@ def constant(p, t): return F.cross_entropy(p[t>0], t[t>0]) if (t>0).any() else p
 @pytest.mark.parametrize('way', ('acc','micro'))
 def test_micro_batches_without_targets(way, loss): same(*pair(way, lambda: loss, data=rare(), shuffle=False))
 
-def hinge(p, t): return p[t>0].relu().sum()/len(t) if (t>0).any() else p.new_zeros(())
 def constant_of_samples(p, t): return torch.sqrt((p[t>0]**2).sum()+1)/1 if (t>0).any() else p.new_ones(())
 
 def test_constant_losses_count_where_samples_do():
@@ -280,18 +279,15 @@ class Learned(nn.Module):
 @pytest.mark.parametrize('way', ('acc','micro'))
 def test_learned_weights(way):
     "Of what divides by the same; the terms without a prediction do not count"
-    def both(m, loss): return [{'params':[*m.parameters(),*loss.parameters()], 'lr':0.1}]
     res = []
     for bs,acc in ((BS*N_STEP,None),(WAYS[way][0],WAYS[way][1]())):
         loss = Learned()
-        opt = partial(OptimWrapper, opt=torch.optim.SGD)
-        learn = learner(N, bs, acc, loss_func=loss, opt_func=lambda ps,**kw: OptimWrapper(opt=torch.optim.SGD([*learn_params(ps),*loss.parameters()], lr=0.1)))
+        def opt(groups, **kwargs): return OptimWrapper(opt=torch.optim.SGD([*L(groups).concat(),*loss.parameters()], lr=0.1))
+        learn = learner(N, bs, acc, loss_func=loss, opt_func=opt)
         run(learn, lambda l: l.fit(3, 0.1))
         res.append((flat(learn.model.parameters()), flat(loss.parameters())))
     assert (res[0][1]-flat(Learned().parameters())).abs().min() > 1e-3
     for a,b in zip(*res): assert rel(a, b) <= 1e-12
-
-def learn_params(ps): return [p for p in L(ps).concat()] if is_listy(L(ps)[0]) else [*ps]
 
 # ---- a loop
 
