@@ -1,5 +1,6 @@
 """Train at the batch size that your method wants, on the memory that you have, and get *the same run* as if the large batch had fitted.
-`AccumulateStep` makes one optimizer step from the gradients of several small batches; `MicroBatch` keeps the dataloader's large batch and splits it inside the step, as small as memory asks for.
+`AccumulateStep` makes one optimizer step from the gradients of several small batches.
+`MicroBatch` keeps the dataloader's large batch, and splits it inside the step into pieces small enough to fit.
 Weights, optimizer state, learning rates, recorded losses and `lr_find` are then those of the large batch to the last digits of floating
 point, also where batches are uneven, windows do not divide the epoch, or targets are ignored or weighted; what cannot be equal is listed."""
 

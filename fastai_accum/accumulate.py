@@ -83,7 +83,6 @@ class AccumulateStep(Host):
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
-        self.mixed = WarnMixed()
         self.warn_mixed(learn)
 
     @contextmanager
@@ -152,8 +151,9 @@ class TrainPart:
 @patch
 def _batch(self:AccumulateStep, learn, f):
     "The events of a micro-batch around `f`; a batch ends where a window ends"
-    if self._drops(learn): return
-    win = self._begin(learn)
+    bs = n_samples(learn.xb, learn.yb)
+    if self._drops(learn, bs): return
+    win = self._begin(learn, bs)
     try:
         learn('before_batch')
         f()
@@ -175,17 +175,17 @@ def _end(self:AccumulateStep, learn):
     learn('after_batch')
 
 @patch
-def _drops(self:AccumulateStep, learn):
+def _drops(self:AccumulateStep, learn, bs):
     "Is this one of an epoch's last micro-batches, that a loader of the large batch would leave out?"
-    part,i,bs = self.part,learn.iter,n_samples(learn.xb, learn.yb)
+    part,i = self.part,learn.iter
     if part.bs is None: part.bs = bs
     if bs!=part.bs and i+1<part.n_dl: part.n_drop = part.n_dl # with batches of several sizes, windows are not where they were expected
     return part.n_drop<=i<part.n_dl
 
 @patch
-def _begin(self:AccumulateStep, learn):
-    "The window that the next micro-batch belongs to, with the optimizer waiting"
-    part,i,bs = self.part,learn.iter,n_samples(learn.xb, learn.yb)
+def _begin(self:AccumulateStep, learn, bs):
+    "The window that the next micro-batch, of `bs` samples, belongs to, with the optimizer waiting"
+    part,i = self.part,learn.iter
     self.moments.micro()
     if learn.opt is not self.accum_opt: self.accum_opt = learn.opt = AccumulateOptimizer(learn.opt, on_wait=self._on_wait)
     self.accum_opt.open = True
@@ -309,8 +309,7 @@ def _train(self:AccumulateStep, learn, all_batches):
 def _check(self:AccumulateStep, learn):
     "A `ValueError` if the model can't wait for a window's last micro-batch, or has nothing to train"
     check_trainable(learn)
-    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
-    if several and not isinstance(learn.model, DistributedDataParallel):
+    if several_processes() and not isinstance(learn.model, DistributedDataParallel):
         raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
                          "`learn.distrib_ctx()` makes it, can wait for a window's last micro-batch; compile or wrap what is inside it")
     if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")

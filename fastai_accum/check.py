@@ -252,7 +252,6 @@ def _loss_slopes(self:_Trial, off):
     "Slopes at the large batch's outputs, for each micro-batch: of the large batch's loss, and of the micro-batch's own"
     large,win,asked = self.large(off),Window(len(self.micro_sizes)),[]
     normalize = 'samples' if getattr(self.cb, 'normalize', None)=='samples' else 'auto'
-    def with_graph(o): return o.detach().requires_grad_().view_as(o) if isinstance(o, Tensor) and o.is_floating_point() else o
     def slopes(pred, targ, n=None):
         pred = nested(with_graph, pred)
         loss = large.loss_func(pred, *targ)

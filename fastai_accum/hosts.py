@@ -106,7 +106,8 @@ class Host(Callback):
             if cb is not self and (why := self.clash(cb)): raise ValueError(f"{cb} beside {self}: {why}")
 
     def warn_mixed(self, learn):
-        "Warn of a loss that no one number weighs, as far as its options tell"
+        "As a fit begins: warn of a loss that no one number weighs, as far as its options tell"
+        self.mixed.begin()
         auto = self.normalize=='auto' and self._reduction(learn)=='mean'
         if why := mixed_denominators(learn.loss_func, learn.cbs) if auto else None: self.mixed.warn(learn.loss_func, why)
 

@@ -118,7 +118,7 @@ def _check(self:Accumulator):
 @patch
 def _check_processes(self:Accumulator):
     "A `ValueError` if gradients would differ from process to process"
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size()>1): return
+    if not several_processes(): return
     if not isinstance(self.model, DistributedDataParallel):
         raise ValueError(f"`model` is a {type(self.model).__name__} in one of several processes, whose gradients nothing averages: pass a `DistributedDataParallel`, and compile what is inside it")
     if any(p.requires_grad for p in {*loss_params(self.loss_func)}-{*self.model.parameters()}):

@@ -85,7 +85,6 @@ class MicroBatch(Host):
         if own is not Learner._do_grad_opt or '_do_grad_opt' in vars(self.learn):
             raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {self} takes: use `AccumulateStep`")
         super().before_fit()
-        self.mixed = WarnMixed('the whole batch')
         self.warn_mixed(self.learn)
 
     @contextmanager
@@ -317,7 +316,7 @@ def watch_loss(self:Passes, normalize):
     learn,self.c = self.learn,None
     known = learn.training or not len(learn.yb) or len(self.parts)==1 or normalize!='auto' or self.win.reduction!='mean'
     if known or torch.is_inference_mode_enabled() or denominator(learn.loss_func, learn.pred, *learn.yb) is not None: return
-    learn.pred,self.watched = nested(_with_graph, learn.pred),True
+    learn.pred,self.watched = nested(with_graph, learn.pred),True
     torch.set_grad_enabled(True)
 
 @patch
@@ -325,7 +324,7 @@ def read_loss(self:Passes):
     if not self.watched: return
     learn = self.learn
     self.unwatch()
-    if learn.loss_grad.requires_grad: self.c = self.win._shown(learn.loss_grad, learn.pred, n_samples(learn.xb, learn.yb))
+    if learn.loss_grad.requires_grad: self.c = self.win.read(learn.loss_grad, learn.pred, n_samples(learn.xb, learn.yb))
     elif self.win.shows: self.c = 0 # a constant, as there was nothing to divide
     learn.pred,learn.loss_grad,learn.loss = (nested(_detach, o) for o in (learn.pred,learn.loss_grad,learn.loss))
 
@@ -333,8 +332,6 @@ def read_loss(self:Passes):
 def unwatch(self:Passes):
     if self.watched: torch.set_grad_enabled(False)
     self.watched = False
-
-def _with_graph(o): return o.detach().requires_grad_().view_as(o) if isinstance(o, Tensor) and o.is_floating_point() else o
 
 @patch
 def weigh(self:MicroBatch, learn):
@@ -450,13 +447,11 @@ def _wait(self:MicroBatch):
     known = self.normalize!='auto' or self._reduction(learn)!='mean' or known_by_type(plain_loss(learn))
     return self.auto or self.split is not None or callable(self.normalize) or not known
 
-def _several(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
-
 @patch
 def _sharded(self:MicroBatch):
     "What the model is, or a part of it, if several processes share it"
     names = 'FSDPModule','FullyShardedDataParallel'
-    return first(type(m).__name__ for m in self.model.modules() if any(c.__name__ in names for c in type(m).__mro__)) if _several() else None
+    return first(type(m).__name__ for m in self.model.modules() if any(c.__name__ in names for c in type(m).__mro__)) if several_processes() else None
 
 @patch
 def _check_sharded(self:MicroBatch, kind):
@@ -479,7 +474,7 @@ def _anywhere(self:MicroBatch, oom):
 @patch
 def _apart(self:MicroBatch):
     "Why processes can't agree on a size, None if they can or there is one"
-    if not _several(): return None
+    if not several_processes(): return None
     if not self._ddp: return f"the model is a {type(self.model).__name__}, and only a `DistributedDataParallel` can wait until all of them have computed the batch"
     if any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules()): return "`SyncBatchNorm` waits for all processes in mid-forward, where one may have run out of memory. Take `distrib_ctx(sync_bn=False)`"
 

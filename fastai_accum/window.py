@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'window_size', 'check_args', 'Window', 'rescale',
-           'reduce_grads', 'WarnMixed']
+           'several_processes', 'reduce_grads', 'WarnMixed']
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
@@ -99,6 +99,7 @@ class Window:
         self.ref = None if counts is None else self.total+(self.total==0) # what gradients are divided by so far
         self.known,self.shares,self.hooks = None,None,[]
         self.sums,self.shows = sums,False # does the loss show what it divides by
+        self.per_sample = None # a whole number that it divides by for each sample, in all micro-batches of several samples; 0 if there is none
         self.parts,self.apart = None,False # what its parts divide by in the first micro-batch; were they of other proportions in another one
         self.constant = [] # losses without a gradient, with what they weigh if samples count
 
@@ -145,11 +146,13 @@ class Window:
     ): # As `weigh` returns
         "What is to be differentiated, weighed by what `loss_func` divides by"
         if self.counts is not None and counted: return self._known_share(loss)
-        shown = partial(self._shown, loss, pred) if loss.requires_grad else None
+        shown = partial(self.read, loss, pred) if loss.requires_grad else None
         c = loss_count(loss_func, pred, targs, inputs, normalize, self.reduction=='mean', learn, shown)
         if not loss.requires_grad: return self._leave_out(loss, c)
+        if not isinstance(c, torch.Tensor) and c!=0: return self.weigh(loss, c)
         guess = targs[0].numel() if targs and isinstance(targs[0], torch.Tensor) else n_samples(inputs, targs)
-        return self.weigh(loss, c, guess, (pred,loss_params(loss_func)) if self.shows or loss_option(loss_func, 'denominator') is not None else ())
+        own = self.shows or loss_option(loss_func, 'denominator') is not None
+        return self.weigh(loss, c, guess, (pred,loss_params(loss_func)) if own else ())
 
     def add(self,
         loss, # What the loss function returned for a micro-batch
@@ -178,7 +181,11 @@ def _known_share(self:Window, loss):
     return loss.as_subclass(torch.Tensor)*self.shares[i] # fastai's tensor types make each operation slow
 
 @patch
-def _shown(self:Window, loss, pred, n):
+def read(self:Window,
+    loss, # The loss of the current micro-batch, with its graph
+    pred, # What the model returned
+    n:int # Samples
+): # A number or a one-element tensor
     "What the current micro-batch weighs by what `loss` shows, `n` if it shows nothing"
     cs = shown_denominators(loss, pred, n)
     if all(isinstance(c, str) for c in cs):
@@ -186,7 +193,10 @@ def _shown(self:Window, loss, pred, n):
         return n
     self.shows = True
     self._compare(cs)
-    return next(c for c in cs if not isinstance(c, str))
+    c = next(c for c in cs if not isinstance(c, str))
+    k = c//n if n>1 and not isinstance(c, torch.Tensor) and c%n==0 else 0
+    self.per_sample = k if self.per_sample in (None,k) else 0
+    return c
 
 @patch
 def _compare(self:Window, cs):
@@ -207,9 +217,10 @@ def _leave_out(self:Window, loss, c):
 
 @patch
 def _settle(self:Window):
-    "Losses that are constants count if samples do; a loss that shows what it divides by had nothing to divide there"
-    if not self.shows:
-        for l,c in self.constant: self.add(l, c)
+    "Losses that are constants count if samples do; a loss that divides by something else had nothing to divide there"
+    k = self.per_sample if self.shows else 1
+    for l,c in self.constant:
+        if k: self.add(l, c*k)
     self.constant = []
 
 @patch(as_prop=True)
@@ -298,6 +309,10 @@ def close(self:Window,
     return True
 
 # %% ../nbs/01_window.ipynb #f5def219
+def several_processes():
+    "Is this one of several processes?"
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
+
 def reduce_grads(
     model # A `DistributedDataParallel` whose backward passes so far did not communicate
 ):
@@ -335,7 +350,12 @@ class WarnMixed:
     def __init__(self,
         large:str='the large batch' # What the run is to be that of
     ):
-        self.large,self.told,self.later = large,False,None
+        self.large = large
+        self.begin()
+
+    def begin(self):
+        "A fit begins"
+        self.told,self.later = False,None
 
     def warn(self,
         loss_func, # The loss
