@@ -61,9 +61,9 @@ def test_interrupt_between_micro_batches():
     "An interrupt while no callback is at work: all is as it was"
     class Interrupted(AccumulateStep):
         name = 'accumulate_step'
-        def _begin(self, learn):
+        def _begin(self, learn, bs):
             if self.win and self.win.count==2: raise KeyboardInterrupt
-            return super()._begin(learn)
+            return super()._begin(learn, bs)
     learn = fresh(Interrupted(N_STEP))
     with pytest.raises(KeyboardInterrupt): run(learn, lambda l: l.fit(1, 0.1))
     assert_plain(learn, 3)
