@@ -8,6 +8,7 @@ __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'win
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
+from copy import copy
 from fastcore.basics import patch
 from functools import partial
 from numbers import Integral,Real
@@ -278,6 +279,17 @@ def scale(self:Window):
 def mean_loss(self:Window):
     "The loss that the micro-batches would have had as one batch"
     return self._over(self.loss)
+
+@patch
+def mean_with(self:Window,
+    loss # Of the current micro-batch, before its backward pass; None if there will be none
+):
+    "What `mean_loss` will be if no other micro-batch comes"
+    win = copy(self)
+    win.losses,win.denoms,win.constant = [*self.losses],[*self.denoms],[*self.constant]
+    if loss is not None: win.add(loss)
+    win._settle()
+    return win.mean_loss
 
 # %% ../nbs/01_window.ipynb #63901d1f
 def rescale(
