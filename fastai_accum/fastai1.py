@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['calling_handler', 'take_later', 'shorter', 'WideSums', 'Inside', 'InsideLast', 'Host', 'Windows', 'WindowLoader',
-           'AccumulateStep', 'Parts', 'MicroBatch', 'check_microbatch']
+           'AccumulateStep', 'check_accum', 'Parts', 'MicroBatch', 'check_microbatch']
 
 # %% ../nbs/12_fastai1.ipynb #8b21c644
 import math,sys,torch
-from contextlib import contextmanager,nullcontext
+from contextlib import ExitStack,contextmanager,nullcontext
 from fastai.basic_train import Learner,LearnerCallback
 from fastai.callback import Callback,CallbackHandler
 from fastcore.basics import patch
@@ -17,7 +17,10 @@ from types import SimpleNamespace
 from warnings import warn
 from .losses import *
 from .window import *
+from .patching import stand_in
 from .split import *
+from .lockstep import Lockstep
+from .batchnorm import *
 from .optimizer import AccumulateOptimizer
 
 # %% ../nbs/12_fastai1.ipynb #5d0c1e2a
@@ -86,7 +89,7 @@ class Inside(Callback):
     ):
         self.host,self.h,self.learn = host,h,host.learn
         self.win = self.gate = self.params = None
-        self.mixed,self.warned = WarnMixed(),set()
+        self.mixed,self.warned,self.norms,self.moments = WarnMixed(),set(),ExitStack(),Moments()
         self.scaler = next((cb for cb in h.callbacks if _isa(cb, 'MixedPrecision')), None)
         h.callbacks = sorted([*h.callbacks, self, InsideLast(self)], key=lambda cb: getattr(cb, '_order', 0))
 
@@ -121,6 +124,7 @@ def open(self:Inside, win):
     self.kept = [(p,p.grad) for p in self.params if p.grad is not None] # no optimizer has zeroed them
     for p,_ in self.kept: p.grad = None
     self.gate = learn.opt = AccumulateOptimizer(learn.opt, True, self.on_wait)
+    if self.host.sync_bn=='stats': self.norms.enter_context(norms_by([learn.model], self.moments))
 
 @patch
 def on_wait(self:Inside, name):
@@ -144,14 +148,23 @@ def micro(self:Inside, xb, yb, whole=True):
         with self.telling('batch_begin'): xb,yb = h.on_batch_begin(xb, yb)
     else: state.update(last_input=xb, last_target=yb)
     flags = {k:state[k] for k in ('skip_bwd','skip_step','skip_zero')}
-    out = h.on_loss_begin(learn.model(*_listed(xb)))
+    out = h.on_loss_begin(self.forward(_listed(xb)))
     loss = learn.loss_func(out, *_listed(yb))
     if 'smooth_loss' not in state: state['smooth_loss'] = loss.detach().float().cpu()
     state['last_loss'] = loss
     with self.telling('backward_begin'): h('backward_begin', call_mets=False)
-    if not state['skip_bwd']: state['last_loss'].backward()
+    if not state['skip_bwd']: self.backward(state['last_loss'])
     self.count(state['skip_bwd'])
     state.update(flags, last_loss=state['last_loss'].detach())
+
+@patch
+def begin_micro(self:Inside, n, last):
+    self.moments.micro()
+    return self.win.begin(n, last)
+@patch
+def forward(self:Inside, xs): return self.learn.model(*xs)
+@patch
+def backward(self:Inside, loss): loss.backward()
 
 @patch
 def count(self:Inside, skipped):
@@ -196,14 +209,16 @@ class InsideLast(Callback):
         if train: return self.inside.batch_begins(**kwargs)
     def on_backward_begin(self, last_loss, skip_bwd, skip_step, **kwargs):
         o,win = self.inside,self.inside.win
-        if skip_bwd: return {'skip_step':False} if skip_step and win.count else None # it is left out, and the others step
+        if skip_bwd: return o.weighed(None, **({'skip_step':False} if skip_step and win.count else {})) # it is left out, and the others step
         o.added = last_loss.detach()-o.before
-        return {'last_loss':last_loss.as_subclass(torch.Tensor)*(win.c/win.ref)}
+        return o.weighed(last_loss.as_subclass(torch.Tensor)*(win.c/win.ref))
 
 @patch
 def epoch_begins(self:Inside): self.params = None
 @patch
 def batch_begins(self:Inside, **kwargs): pass
+@patch
+def weighed(self:Inside, loss, **new): return new if loss is None else dict(new, last_loss=loss)
 
 # %% ../nbs/12_fastai1.ipynb #9c52b7e8
 @patch
@@ -213,6 +228,8 @@ def on_backward_end(self:Inside, skip_bwd, **kwargs):
     self.count(skip_bwd)
     win.close(lambda: [*self.wide.others, *self.wide.sums.values()])
     self.wide.give()
+    self.norms.close()
+    self.moments.flush()
     for p,g in self.kept: p.grad = g if p.grad is None else p.grad.add_(g)
     self.mixed.see(win, self.learn.loss_func)
     self.loss = win.mean_loss if win.count else self.raw
@@ -251,6 +268,8 @@ def on_train_end(self:Inside, **kwargs):
 def drop(self:Inside):
     "Forget an open window and its gradients"
     self.open_gate()
+    self.norms.close()
+    self.moments.drop()
     if self.win is None: return
     self.win._unhook()
     self.win = None
@@ -262,7 +281,7 @@ def drop(self:Inside):
 # %% ../nbs/12_fastai1.ipynb #b8e12a23
 class Host(LearnerCallback):
     "A callback that makes windows of micro-batches in each fit, by an `Inside` of its own"
-    _order,inside = -100,Inside
+    _order,inside,sync_bn = -100,Inside,False
     def on_train_begin(self, pbar, metrics_names, **kwargs):
         if pbar is None or (h := calling_handler()) is None: return # `learn.validate()`
         self.check(h)
@@ -281,6 +300,7 @@ class Host(LearnerCallback):
             raise ValueError("a fit begins within a window of another fit: let it begin in `on_batch_end`, or in `on_epoch_end` where `leftover` is not 'carry'")
         if several_processes():
             raise ValueError(f"{me} of fastai 1 is for one process, and this is one of several: train in one, or with fastai 2, where `DistributedDataParallel` waits for a window's last micro-batch")
+        if self.sync_bn and (why := check_batch_norms(self.learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if not any(p.requires_grad for p in self.learn.model.parameters()):
             raise ValueError("no parameter of `learn.model` has `requires_grad`=True, so there is nothing to train: call `learn.unfreeze()`")
 
@@ -401,7 +421,7 @@ def batches(self:Windows, dl):
         if self.win is None and not self.open_at(i, n_dl, unit, dl): return
         full = self.win.seen+unit >= self.win.size
         nxt = None if full else next(it, None)
-        self.win.begin(unit, nxt is None and self.steps_leftover)
+        self.begin_micro(unit, nxt is None and self.steps_leftover)
         if not self.win.last: self.micro(*b)
         else:
             self.show(k := k+1, grow=True)
@@ -447,11 +467,19 @@ class AccumulateStep(Host):
         n_step=1, # Micro-batches that make a step, or a function of training progress (0 to 1)
         n_samples=None, # Samples that make a step (at least), instead of `n_step`
         normalize='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
-        leftover='step' # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
+        leftover='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
+        sync_bn=False # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
     ):
-        self.unit = check_args(n_step, n_samples, normalize, leftover) # before the learner knows of it
+        self.unit = check_accum(n_step, n_samples, normalize, leftover, sync_bn) # before the learner knows of it
         super().__init__(learn)
-        self.n_step,self.n_samples,self.normalize,self.leftover = n_step,n_samples,normalize,leftover
+        self.n_step,self.n_samples,self.normalize,self.leftover,self.sync_bn = n_step,n_samples,normalize,leftover,sync_bn
+
+def check_accum(n_step=1, n_samples=None, normalize='auto', leftover='step', sync_bn=False):
+    "Which of 'n_step' and 'n_samples' says how large a window is; a `ValueError` if these can't be the arguments of `AccumulateStep`"
+    if sync_bn is True:
+        raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
+    check_choice('sync_bn', sync_bn, (False,'stats'))
+    return check_args(n_step, n_samples, normalize, leftover)
 
 # %% ../nbs/12_fastai1.ipynb #ba99287c
 def _without(learn, cls):
@@ -461,10 +489,10 @@ def _without(learn, cls):
     return learn
 
 @patch
-def to_accum(self:Learner, n_step=1, n_samples=None, normalize='auto', leftover='step'):
-    "Accumulate gradients in every fit from now on"
-    check_args(n_step, n_samples, normalize, leftover)
-    self.detach_accum().callback_fns.append(partial(AccumulateStep, n_step=n_step, n_samples=n_samples, normalize=normalize, leftover=leftover))
+def to_accum(self:Learner, n_step=1, **kwargs):
+    "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`"
+    check_accum(n_step, **kwargs)
+    self.detach_accum().callback_fns.append(partial(AccumulateStep, n_step=n_step, **kwargs))
     return self
 
 @patch
@@ -475,25 +503,26 @@ def detach_accum(self:Learner):
 # %% ../nbs/12_fastai1.ipynb #83f0d25b
 class Parts(Inside):
     "The window that `MicroBatch` makes of each batch"
+    threads = joint = None
     def batch_begins(self, last_input, last_target, **kwargs):
         "Once all have heard of the batch, split it; its last part goes on in fastai's loop"
-        learn,host = self.learn,self.host
         n = n_samples(_listed(last_input), _listed(last_target))
         parts = self.cut(last_input, last_target, n)
-        self.preds,self.hidden,self.batch = [],[],dict(last_input=last_input, last_target=last_target)
-        self.ns = [n_samples(_listed(x), _listed(y)) for x,y in parts]
-        if sum(self.ns)!=n or max(self.ns)>max(host.bs, 1): raise ValueError(f"`split` returned parts of {self.ns} samples for a batch of {n} and `bs`={host.bs}: each sample is to be in one of them")
-        self.open(Window(n, 'mean' if loss_reduction(learn.loss_func, host.normalize)=='mean' else 'none', sums='none'))
+        self.preds,self.hidden,self.later,self.batch = [],[],[],dict(last_input=last_input, last_target=last_target)
+        self.open(Window(n, 'mean' if loss_reduction(self.learn.loss_func, self.host.normalize)=='mean' else 'none', sums='none'))
         self.slice_states(n)
+        self.join([tuple(_listed(x)) for x,_ in parts])
         for i,(x,y) in enumerate(parts):
             self.sliced.take(i)
-            if self.win.begin(self.ns[i], i+1==len(parts)): return dict(last_input=x, last_target=y)
+            if self.begin_micro(self.ns[i], i+1==len(parts)): return dict(last_input=x, last_target=y)
             self.micro(x, y, whole=False)
 
     def cut(self, xb, yb, n):
         "The batch in parts, in the form that it has"
-        xs,ys = _listed(xb),_listed(yb)
-        parts = even_parts(xs, ys, n, self.host.bs) if self.host.split is None else self.host.split(xs, ys, self.host.bs)
+        xs,ys,host = _listed(xb),_listed(yb),self.host
+        parts = even_parts(xs, ys, n, host.bs) if host.split is None else host.split(xs, ys, host.bs)
+        self.ns = [n_samples(*p) for p in parts]
+        if sum(self.ns)!=n or max(self.ns)>host.bs: raise ValueError(f"`split` returned parts of {self.ns} samples for a batch of {n} and `bs`={host.bs}: each sample is to be in one of them")
         return [(x if xs is xb else x[0], y if ys is yb else y[0]) for x,y in parts]
 
     def slice_states(self, n):
@@ -507,11 +536,46 @@ class Parts(Inside):
             self.sliced.add(m, 'hidden', m.hidden, [nested(lambda h: h[:,i:j].contiguous(), m.hidden) for i,j in zip(cuts, cuts[1:])])
             self.sliced.add(m, 'bs', n, self.ns)
 
+    def on_train_end(self, **kwargs):
+        super().on_train_end()
+        if self.threads is not None: self.threads.end()
+
+@patch
+def join(self:Parts, xs):
+    "With `sync_bn=True`, the forward passes of all parts, in lock-step, in which BatchNorm sees the whole batch; one backward pass is to follow"
+    model,self.joint = self.learn.model,None
+    if self.host.sync_bn is not True or len(xs)==1 or not batch_norms(model): return
+    self.states,self.sliced = [],Sliced() # only classifiers have BatchNorms, and these begin each text anew
+    if self.threads is None: self.threads = Lockstep()
+    self.joint = self.norms.enter_context(jointly(model, xs, self.host.offload, self.threads))
+    self.joint()
+    todo = [*range(len(xs))]
+    def call(*args, **kwargs): return self.joint.answer(todo.pop(0)) if todo else type(model)._call_impl(model, *args, **kwargs)
+    self.norms.enter_context(stand_in(model, '_call_impl', call))
+
+@patch
+def backward(self:Parts, loss):
+    if not self.joint: loss.backward()
+
+@patch
+def weighed(self:Parts, loss, **new):
+    "The losses of parts that were computed together are differentiated together, with the last"
+    self.left_out = loss is None
+    if self.joint:
+        if loss is not None: self.later.append(loss)
+        if self.win.last and self.later: loss,new['skip_bwd'] = sum(self.later),False
+    return Inside.weighed(self, loss, **new)
+
 @patch
 def on_backward_begin(self:Parts, last_output, **kwargs):
     self.preds.append(nested(_detach, last_output))
     self.hidden.append([m.hidden for m in self.states])
     return Inside.on_backward_begin(self, last_output=last_output, **kwargs)
+
+@patch
+def on_backward_end(self:Parts, skip_bwd, **kwargs):
+    self.later = []
+    return Inside.on_backward_end(self, skip_bwd=skip_bwd or self.left_out)
 
 @patch
 def joined(self:Parts):
@@ -523,6 +587,7 @@ def joined(self:Parts):
 @patch
 def drop(self:Parts):
     if self.win is not None: self.sliced.back()
+    self.later = []
     Inside.drop(self)
 
 # %% ../nbs/12_fastai1.ipynb #2f8a6d90
@@ -534,11 +599,12 @@ class MicroBatch(Host):
         bs:int, # Samples in a micro-batch
         normalize='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
-        sync_bn=False # For fastai 2
+        sync_bn=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
+        offload='cpu' # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
     ):
-        check_microbatch(bs, normalize, split, sync_bn)
+        check_microbatch(bs, normalize, split, sync_bn, offload)
         super().__init__(learn)
-        self.bs,self.normalize,self.split,self.sync_bn = bs,normalize,split,sync_bn
+        self.bs,self.normalize,self.split,self.sync_bn,self.offload = bs,normalize,split,sync_bn,offload
 
     def clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"
@@ -550,20 +616,21 @@ class MicroBatch(Host):
             return (f"{type(other).__name__} may carry a state from batch to batch, and how that is to be split is known only of `AWD_LSTM`. Take "
                     "`AccumulateStep` and a loader of micro-batches")
 
-def check_microbatch(bs, normalize='auto', split=None, sync_bn=False):
+def check_microbatch(bs, normalize='auto', split=None, sync_bn=False, offload='cpu'):
     "A `ValueError` if these can't be the arguments of `MicroBatch`"
     if bs=='auto': raise ValueError("`bs`='auto': only `MicroBatch` of fastai 2 finds a size by itself; pass a number that fits")
     check_size('bs', bs)
     check_normalize(normalize)
     if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
-    if sync_bn is not False: raise ValueError(f"`sync_bn`={sync_bn!r}: only `MicroBatch` of fastai 2 shows BatchNorm the whole batch; leave it out, freeze the statistics, or take `GroupNorm`")
+    check_choice('sync_bn', sync_bn, (False,True,'stats'))
+    check_choice('offload', offload, ('cpu',None))
 
 # %% ../nbs/12_fastai1.ipynb #c7190e4b
 @patch
-def to_microbatch(self:Learner, bs, normalize='auto', split=None, sync_bn=False):
-    "Compute each batch in micro-batches in every fit from now on"
-    check_microbatch(bs, normalize, split, sync_bn)
-    self.detach_microbatch().callback_fns.append(partial(MicroBatch, bs=bs, normalize=normalize, split=split))
+def to_microbatch(self:Learner, bs, **kwargs):
+    "Compute each batch in micro-batches in every fit from now on, with these arguments of `MicroBatch`"
+    check_microbatch(bs, **kwargs)
+    self.detach_microbatch().callback_fns.append(partial(MicroBatch, bs=bs, **kwargs))
     return self
 
 @patch

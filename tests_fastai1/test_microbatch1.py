@@ -126,7 +126,7 @@ def test_to_microbatch():
     learn.to_microbatch(4).to_accum(4)
     with pytest.raises(ValueError, match='AccumulateStep beside MicroBatch: one of them is enough|MicroBatch beside AccumulateStep'): learn.fit(1)
 
-@pytest.mark.parametrize('kw,match', ((dict(bs=0), '`bs`=0'), (dict(bs='auto'), "`bs`='auto': only `MicroBatch` of fastai 2"), (dict(bs=4, sync_bn=True), '`sync_bn`=True: only `MicroBatch` of fastai 2'),
+@pytest.mark.parametrize('kw,match', ((dict(bs=0), '`bs`=0'), (dict(bs='auto'), "`bs`='auto': only `MicroBatch` of fastai 2"), (dict(bs=4, sync_bn='yes'), "`sync_bn`='yes'"), (dict(bs=4, offload='disk'), "`offload`='disk'"),
     (dict(bs=4, normalize='no'), '`normalize`'), (dict(bs=4, split=3), '`split`=3')))
 def test_bad_input(kw, match):
     learn = learner(64, 16)
@@ -158,3 +158,51 @@ def test_error(k):
     for l in (learn,other): l.steps.log.clear(); l.create_opt(0.1, l.wd)
     run_both(lambda l: l.fit(1, 0.1), other, learn)
     assert_same_run(other, learn, 1e-11)
+
+def normed(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+
+class NanSome(Callback):
+    "Leaves out the micro-batch at `i`"
+    def __init__(self, i): self.i,self.n = i,-1
+    def on_backward_begin(self, **kw):
+        self.n += 1
+        if self.n==self.i: return {'skip_bwd':True}
+
+@pytest.mark.parametrize('kind', ('plain','clip and one cycle','mixup'))
+def test_exact_batch_norm(kind):
+    "Weights, statistics and records"
+    from fastai.callbacks.mixup import MixUpCallback
+    fns = [MixUpCallback] if kind=='mixup' else []
+    large,small = (learner(73, 16, acc, model=normed, fns=fns) for acc in (None,partial(MicroBatch, bs=5, sync_bn=True)))
+    if 'clip' in kind: large.clip_grad(0.1), small.clip_grad(0.1)
+    run_both(lambda l: l.fit_one_cycle(2, 0.1) if 'one' in kind else l.fit(2, 0.1), large, small)
+    assert_same_run(large, small, 1e-11)
+    assert rel(flat(large.model.buffers()), flat(small.model.buffers()))<1e-12
+    for l in (large,small): assert '_call_impl' not in vars(l.model)
+
+def test_exact_batch_norm_leaves_out():
+    for i in (1,3): # of the first batch's micro-batches, one in the middle, the last
+        learn = learner(16, 16, partial(MicroBatch, bs=4, sync_bn=True), model=normed)
+        run(learn, lambda l: l.fit(1, 0.1, callbacks=[NanSome(i)]))
+        assert len(learn.steps.log)==1 and rel(learn.steps.log[0][0], weights(learner(16, 16, model=normed)))>1e-3
+
+@pytest.mark.parametrize('bs,acc', ((16,partial(MicroBatch, bs=4, sync_bn='stats')), (4,partial(AccumulateStep, n_step=4, sync_bn='stats'))), ids=('microbatch','accumulate'))
+def test_statistics_of_the_whole(bs, acc):
+    "Running statistics move once a window, as the large batch's do where weights are the same"
+    large,small = (learner(64, b, a, model=lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).double(), layer_groups=None) for b,a in ((16,None),(bs,acc)))
+    run_both(lambda l: l.fit(2, 0.1), large, small)
+    assert rel(flat(large.model.buffers()), flat(small.model.buffers()))<1e-12 and small.model[0].num_batches_tracked==8
+    plain = learner(64, 4, acc4, model=lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).double(), layer_groups=None)
+    run(plain, lambda l: l.fit(2, 0.1))
+    assert rel(flat(large.model.buffers()), flat(plain.model.buffers()))>1e-2
+
+def test_batch_norm_that_cannot_be():
+    with pytest.raises(ValueError, match="`sync_bn`=True: micro-batches that come one by one can't be normalized together"): learner(64, 4).to_accum(4, sync_bn=True)
+    learn = learner(64, 16, partial(MicroBatch, bs=4, sync_bn=True), model=lambda: nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8), nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match='`sync_bn`=True: `SyncBatchNorm` talks'): learn.fit(1)
+    class Boom(Callback):
+        def on_backward_begin(self, **kwargs): raise ValueError('boom')
+    learn = learner(64, 16, partial(MicroBatch, bs=4, sync_bn=True), model=normed)
+    with pytest.raises(ValueError, match='boom'): learn.fit(1, callbacks=[Boom()])
+    assert clean(learn) and '_call_impl' not in vars(learn.model) and not any('forward' in vars(m) or '_call_impl' in vars(m) for m in learn.model.modules())
+    run(learn, lambda l: l.fit(1, 0.1))
