@@ -115,7 +115,9 @@ def texts(n):
 def test_rnn_trainer(host, reduction):
     "It adds its regularization to a loss; with one that sums, `AccumulateStep` makes the mean first, and `MicroBatch`, for which a sum stays one, refuses it"
     R,kw = partial(RNNTrainer, alpha=2., beta=1.),dict(n=66, data=texts(66+16), model=lambda: SequentialRNN().double())
-    if reduction=='mean': pair(host, fns=[R], **kw)
+    if reduction=='mean':
+        large,small = pair(host, fns=[R,Heard], **kw)
+        assert_heard(large.heard, small.heard)
     elif host=='microbatch':
         with pytest.raises(ValueError, match='RNNTrainer beside MicroBatch: it adds means to a loss that sums'): learner(bs=16, acc=HOSTS[host][1], loss=CE(reduction='sum'), fns=[R], **kw).fit(1)
     else:
@@ -369,3 +371,9 @@ def test_gradients_outside_of_the_optimizer():
     for l in (large,small): both(l); l.clip_grad(0.5); seed(3); l.fit(2, 0.1)
     assert_same(large, small)
     assert rel(large.model[0].weight.grad, small.model[0].weight.grad)<1e-12 and large.model[0].weight.grad.any()
+
+def test_several_processes_are_refused(monkeypatch):
+    import fastai_accum.fastai1 as room
+    monkeypatch.setattr(room, 'several_processes', lambda: True)
+    for acc,name in ((acc4,'AccumulateStep'), (partial(MicroBatch, bs=4),'MicroBatch')):
+        with pytest.raises(ValueError, match=f'{name} of fastai 1 is for one process'): learner(40, BS, acc).fit(1, 0.1)
