@@ -582,7 +582,8 @@ def joined(self:Parts):
     "For those who hear of the end, the batch is whole again"
     self.sliced.back()
     for m,*hs in zip(self.states, *self.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
-    return dict(self.batch, last_output=joined(self.ns, *self.preds) if len(self.preds)>1 else self.preds[0])
+    preds,self.preds,self.hidden = self.preds,[],[]
+    return dict(self.batch, last_output=joined(self.ns, *preds) if len(preds)>1 else preds[0])
 
 @patch
 def drop(self:Parts):
@@ -609,7 +610,8 @@ class MicroBatch(Host):
     def clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"
         if why := super().clash(cb): return why
-        if _isa(cb, 'RNNTrainer') and (cb.alpha or cb.beta) and loss_reduction(self.learn.loss_func)!='mean': return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
+        if _isa(cb, 'RNNTrainer') and (cb.alpha or cb.beta) and loss_reduction(self.learn.loss_func)!='mean':
+            return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
         known = 'AWD_LSTM','WeightDropout','MultiBatchEncoder','SequentialRNN'
         other = next((m for m in self.learn.model.modules() if hasattr(m, 'reset') and (not _isa(m, *known) or getattr(m, 'qrnn', False))), None)
         if _isa(cb, 'RNNTrainer') and other is not None:
