@@ -654,6 +654,14 @@ def test_gradients_by_hand(way):
     assert len(touched(way, model=lambda: InModel(*net())))==1
     assert touched(way)==touched(way, [Writes('before_step')])==[]
 
+class CancelLast(Callback):
+    run_valid = False
+    def before_backward(self):
+        host = self.micro_batch
+        if host.win.last: raise CancelBackwardException
+
+def test_deferred_backward_is_no_hand(): assert touched('sync', [CancelLast()])==[]
+
 @pytest.mark.parametrize('way', WAYS)
 def test_written_before_the_step(way): same(*pair(way, lambda: [Writes('before_step')]))
 
