@@ -11,7 +11,7 @@ import math,sys,torch
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastai.basic_train import Learner,LearnerCallback
 from fastai.callback import Callback,CallbackHandler
-from fastcore.basics import patch
+from fastcore.basics import noop,patch
 from functools import partial
 from types import SimpleNamespace
 from warnings import warn
@@ -89,7 +89,7 @@ class Inside(Callback):
     ):
         self.host,self.h,self.learn = host,h,host.learn
         self.win = self.gate = self.params = None
-        self.mixed,self.warned,self.norms,self.moments = WarnMixed(),set(),ExitStack(),Moments()
+        self.mixed,self.warned,self.norms,self.moments = WarnMixed(at='on_backward_end'),set(),ExitStack(),Moments()
         self.scaler = next((cb for cb in h.callbacks if _isa(cb, 'MixedPrecision')), None)
         h.callbacks = sorted([*h.callbacks, self, InsideLast(self)], key=lambda cb: getattr(cb, '_order', 0))
 
@@ -118,11 +118,12 @@ class Inside(Callback):
 def open(self:Inside, win):
     "A window begins: the optimizer waits for its end"
     learn,s = self.learn,self.h.smoothener
-    if self.params is None: self.params = [*{*learn.model.parameters(), *loss_params(learn.loss_func)}]
+    if self.params is None: self.params = [*dict.fromkeys([*learn.model.parameters(), *loss_params(learn.loss_func)])]
     self.win,self.extra = win,Window(reduction='none' if win.reduction=='none' else 'mean')
     self.wide,self.smooth = WideSums(self.params),(s.n,s.mov_avg)
     self.kept = [(p,p.grad) for p in self.params if p.grad is not None] # no optimizer has zeroed them
     for p,_ in self.kept: p.grad = None
+    win.watch(ends(self.params))
     self.gate = learn.opt = AccumulateOptimizer(learn.opt, True, self.on_wait)
     if self.host.sync_bn=='stats': self.norms.enter_context(norms_by([learn.model], self.moments))
 
@@ -174,6 +175,7 @@ def count(self:Inside, skipped):
         self.win.add(self.raw)
         self.extra.add(self.added, self.win.c)
         self.wide.take()
+        self.win.note()
 
 # %% ../nbs/12_fastai1.ipynb #f3d81c07
 @patch
@@ -181,6 +183,7 @@ def on_backward_begin(self:Inside, last_loss, last_input, last_output, last_targ
     "What a micro-batch weighs, before others add to its loss; to them a loss that sums is a mean, and with the last micro-batch it is the window's"
     win,learn,inputs,targs,self.raw = self.win,self.learn,_listed(last_input),_listed(last_target),last_loss.detach().clone()
     self._check_one(inputs, targs)
+    win.look()
     skip = win.weigh_loss(last_loss, learn.loss_func, last_output, targs, inputs, self.host.normalize, learn) is None
     loss = last_loss/win.c if win.reduction=='sum' and not skip else last_loss
     new = dict(skip_bwd=True) if skip else {}
@@ -211,7 +214,10 @@ class InsideLast(Callback):
         o,win = self.inside,self.inside.win
         if skip_bwd: return o.weighed(None, **({'skip_step':False} if skip_step and win.count else {})) # it is left out, and the others step
         o.added = last_loss.detach()-o.before
-        return o.weighed(last_loss.as_subclass(torch.Tensor)*(win.c/win.ref))
+        win.look()
+        loss = last_loss.as_subclass(torch.Tensor)*(win.c/win.ref)
+        win.differentiate(loss, noop) # soon
+        return o.weighed(loss)
 
 @patch
 def epoch_begins(self:Inside): self.params = None
@@ -226,6 +232,8 @@ def on_backward_end(self:Inside, skip_bwd, **kwargs):
     "The window's last backward pass is done: gradients and loss are those of all of it"
     win,scaler = self.win,self.scaler
     self.count(skip_bwd)
+    if win.due>0 and win.begun>1:
+        raise ValueError(f"another loss was put in the place of `last_loss` after {type(self.host).__name__} had weighed it: change the loss in `on_backward_begin` of a callback with an `_order` below 998")
     win.close(lambda: [*self.wide.others, *self.wide.sums.values()])
     self.wide.give()
     self.norms.close()
