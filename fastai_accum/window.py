@@ -270,7 +270,8 @@ def _unhook(self:Window):
 def _over(self:Window, v):
     "`v` over what the window counted, 0 if that is nothing"
     if self.reduction=='none': return v
-    return (v/self.denom).masked_fill(self.denom==0, 0) if isinstance(self.denom, torch.Tensor) else v/self.denom
+    c = self.denom # which is put together each time
+    return (v/c).masked_fill(c==0, 0) if isinstance(c, torch.Tensor) else v/c
 
 @patch(as_prop=True)
 def scale(self:Window):
