@@ -8,6 +8,7 @@ __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'win
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
+from contextlib import contextmanager
 from fastcore.basics import patch
 from functools import partial
 from numbers import Integral,Real
@@ -146,6 +147,13 @@ class Float32Sums:
         pairs = [(self.sums.get(p), p.grad) for p in params]
         return [g if b is None else b if g is None else b+g for b,g in pairs if b is not None or g is not None]
 
+    @contextmanager
+    def asleep(self):
+        "Leave backward passes of others, such as another fit's, alone for a while"
+        was,self.on = self.on,False
+        try: yield
+        finally: self.on = was
+
     def stop(self):
         "Leave no hook and no sum"
         for h in self.hooks: h.remove()
@@ -209,7 +217,7 @@ class Window:
             self._no_nan(c, sources)
             c = c.to(torch.promote_types(loss.dtype, torch.float32))
         else: guess = c
-        if self.ref is None: self._expect(guess, loss.dtype)
+        if self.ref is None: self.ref = guess*self.expect/self.n
         self.c,self.f32.on = c,True
         return loss.as_subclass(torch.Tensor)*((c if self.reduction=='mean' else 1)/self.ref) # fastai's tensor types make each operation slow
 
@@ -255,14 +263,6 @@ class Window:
         self.f32.stop()
 
 # %% ../nbs/01_window.ipynb #0cb0ca09
-@patch
-def _expect(self:Window, guess, dtype):
-    "Guess what the window will count, by what its first micro-batch does"
-    self.ref = guess*self.expect/self.n
-    if dtype not in _low: return
-    unit = guess if self.reduction=='mean' else 1
-    self.ref = unit*2**math.ceil(math.log2(self.ref/unit)) # a loss in such a format can be weighed by 1/2 or 1/4, but not by 1/3
-
 @patch
 def _known_share(self:Window, loss):
     "Weigh the loss of the current micro-batch by the share that it has in `counts`"
