@@ -58,8 +58,8 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, low=())
-    win,passes,threads = None,None,None # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=())
+    win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low = () # parameters in bfloat16 and float16
     depth,kept = 0,True # autocasts around the current batch; may there be gradients that are not of it
     def __init__(self,
@@ -94,7 +94,9 @@ class MicroBatch(Host):
         try:
             with set_aside(self._mods(learn)) if outer else nullcontext(), super().in_fit(learn): yield
         finally:
-            if outer: self.win = outer.win
+            if outer:
+                self.win = outer.win
+                self.win.note()
 
     def busy(self): return self.passes is not None
 
@@ -103,6 +105,7 @@ class MicroBatch(Host):
 
     def before_train(self):
         check_trainable(self.learn)
+        self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
         one = self._sharded() or self.sync_bn is True and batch_norms(self.model) # the model adds up gradients by itself, or there is one backward pass
@@ -260,6 +263,8 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
         with self._norms(passes) as outs:
             for i in range(len(passes.parts)): self._micro(learn, one, passes, i, outs)
             passes.backward_all()
+            self.win.note()
+        self.check_differentiated(learn)
         if self._ddp and self.win.count and self.win.c is None: self.wait = True # the backward pass that communicates was cancelled
     except CancelBatchException:
         but = learn # as prediction and loss are those of a micro-batch, so are the targets
@@ -281,6 +286,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     reduction = self._reduction(learn)
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low)
+    if learn.training: self.win.watch(self.ends)
     passes = Passes(learn, parts, ns, self.win, self.depth)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
@@ -294,7 +300,7 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     passes.sliced.take(i)
     if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
     last = win.begin(passes.ns[i], i+1==len(passes.parts))
-    if self._ddp and last and not self.wait: self.win.f32.to_grads(reduces=True)
+    if self._ddp and last and not self.wait: win.before_reduction()
     if self._ddp: learn.model.require_backward_grad_sync = last and not self.wait
     self.moments.micro()
     try:
@@ -354,8 +360,9 @@ def _join_all(self:MicroBatch, learn, passes):
     learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
-    if learn.training and win.count:
-        win.close(partial(self._params, learn), counted=passes.all_counted)
+    if learn.training:
+        if win.count: win.close(partial(self._params, learn), counted=passes.all_counted)
+        else: win.look()
         self.mixed.see(win, learn.loss_func)
     learn.loss = _joined_loss(learn, win, seen)
     learn.loss_grad = learn.loss.clone()
