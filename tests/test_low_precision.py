@@ -250,8 +250,8 @@ def test_noise_scale():
     "It sees the sums, not what `.grad` is between micro-batches"
     model,x,y = batch(bf16, n=128)
     def run(dtype): return fitted(deepcopy(model).to(dtype), x.to(dtype), y, 8, AccumulateStep(8), NoiseScale()).noise_scale
-    a,b = [torch.cat(run(o).rows)[:,:3] for o in (f32,bf16)]
-    assert rel(a, b.to(f32))<=0.02
+    a,b = [torch.cat(run(o).rows).double().T for o in (f32,bf16)]
+    for name,u,v in zip(('G2_B','r','h','q','n'), a, b): assert rel(u, v)<=0.03, (name, u, v)
 
 # ---- in two processes
 
