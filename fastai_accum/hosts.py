@@ -56,7 +56,7 @@ class HostMethods:
 # %% ../nbs/03_hosts.ipynb #120c0d12
 class Host(Callback):
     "A callback that takes the place of some methods of its learner: the learner's class has them for as long as the callback is there"
-    methods,per_fit,fitting = HostMethods,{},False
+    methods,per_fit,fitting,win = HostMethods,{},False,None
     __setattr__ = object.__setattr__ # fastai's looks for each name in the learner and its model, which takes time
     @property
     def learn(self): return vars(self).get('_learn')
@@ -86,10 +86,10 @@ class Host(Callback):
     @contextmanager
     def in_fit(self, learn):
         "For as long as a fit lasts; a fit within another one begins with nothing, and leaves the other as it was"
-        outer = {k:getattr(self, k) for k in (*self.per_fit,'fitting')}
+        win,outer = self.win,{k:getattr(self, k) for k in (*self.per_fit,'fitting')}
         try:
             vars(self).update(self.per_fit, fitting=True)
-            yield
+            with nullcontext() if win is None else win.f32.asleep(): yield
         finally:
             try: self.forget(learn)
             finally: vars(self).update(outer)

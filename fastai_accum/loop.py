@@ -55,7 +55,7 @@ class Accumulator:
 
     def drop(self):
         "Forget the open window and its gradients"
-        if self.win is not None: self.win._unhook()
+        if self.win is not None: self.win.drop()
         self.win = None
         self._zero()
         self._prepare()
@@ -169,8 +169,8 @@ def _add(self:Accumulator, loss, pred, targs, n):
 # %% ../nbs/11_loop.ipynb #27408869
 @patch
 def _open(self:Accumulator):
-    self._zero()
-    self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None)
+    low = low_precision(self._zero())
+    self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None, low=low)
     self.win.watch(ends(self.model.parameters()))
 
 @patch
@@ -198,8 +198,11 @@ def _params(self:Accumulator): return {*self.model.parameters(), *loss_params(se
 
 @patch
 def _zero(self:Accumulator):
+    "No parameter has a gradient; all of them"
     self.opt.zero_grad()
-    for p in self._params()-self._opt_params(): p.grad = None
+    params = self._params()
+    for p in params-self._opt_params(): p.grad = None
+    return params
 
 @patch
 @contextmanager

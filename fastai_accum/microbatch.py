@@ -58,8 +58,9 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=())
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=())
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
+    low = () # parameters in bfloat16 and float16
     depth,kept = 0,True # autocasts around the current batch; may there be gradients that are not of it
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -107,6 +108,8 @@ class MicroBatch(Host):
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
+        one = self._sharded() or self.sync_bn is True and batch_norms(self.model) # the model adds up gradients by itself, or there is one backward pass
+        self.low = () if one else low_precision(self._params(self.learn))
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
     def after_train(self): self.mixed.look(self.learn.loss_func)
@@ -193,7 +196,9 @@ def _attempt(self:MicroBatch, learn, one, xb, yb, n, bs):
 
 @patch
 def _undo_grads(self:MicroBatch, learn):
-    if learn.training: drop_grads(self._mods(learn))
+    if not learn.training: return
+    if self.win is not None: self.win.drop()
+    drop_grads(self._mods(learn))
 
 @patch
 def _explain(self:MicroBatch, e, oom, n, bs):
@@ -280,7 +285,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     reduction = self._reduction(learn)
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
-    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none')
+    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low)
     if learn.training: self.win.watch(self.ends)
     passes = Passes(learn, parts, ns, self.win, self.depth)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
@@ -295,6 +300,7 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     passes.sliced.take(i)
     if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
     last = win.begin(passes.ns[i], i+1==len(passes.parts))
+    if self._ddp and last and not self.wait: win.before_reduction()
     if self._ddp: learn.model.require_backward_grad_sync = last and not self.wait
     self.moments.micro()
     try:

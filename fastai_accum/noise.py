@@ -116,7 +116,7 @@ def _window(self:NoiseScale):
 @patch
 def _sq_norm(self:NoiseScale):
     "The squared norm of the gradients, without the scale of mixed precision"
-    norms = torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+    norms = torch.stack(torch._foreach_norm(self.acc.win.f32.grads(self.model.parameters())))
     norm = norms.to(torch.promote_types(norms.dtype, torch.float32)).norm()
     scale = getattr(getattr(self.learn, 'scaler', None), '_scale', None) # not `get_scale()`, which waits for the device
     return (norm/(1 if scale is None else scale))**2
