@@ -24,8 +24,19 @@ from .batchnorm import *
 _cancels = CancelTrainException,CancelEpochException,CancelFitException
 _inner = 'after_pred','after_loss','before_backward','after_backward','after_cancel_backward'
 
+class _NotKept: "Stands for the outputs of a batch that nobody was to read"
+
 class MicroBatchMethods(HostMethods):
     "What a learner does differently with `MicroBatch`"
+    @property
+    def pred(self):
+        if 'pred' not in vars(self): raise AttributeError('pred')
+        if (res := vars(self)['pred']) is not _NotKept: return res
+        raise RuntimeError("`learn.pred` is read after the micro-batches of a batch, whose outputs were not kept, as no callback or metric was known to do so: pass "
+                           "`MicroBatch(..., preds=True)`, or read it in `after_pred` or `after_loss`, which come for each micro-batch")
+    @pred.setter
+    def pred(self, pred): vars(self)['pred'] = pred
+
     def all_batches(self):
         try: own_class(type(self)).all_batches(self)
         except BaseException as e:
@@ -67,7 +78,8 @@ class MicroBatch(Host):
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
         offload:str|None='cpu', # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
-        valid:bool|None=None # Split in validation and prediction too? None: if 'auto', where they find a size of their own
+        valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
+        preds:bool|None=None # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
     ):
         if bs!='auto': check_size('bs', bs, ", or 'auto'")
         check_normalize(normalize)
@@ -75,6 +87,7 @@ class MicroBatch(Host):
         check_choice('offload', offload, ('cpu',None))
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
+        check_choice('preds', preds, (None,False,True))
         store_attr()
         self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch')
         self.varied = set() # outputs by rows
@@ -99,6 +112,10 @@ class MicroBatch(Host):
 
     def forget(self, learn):
         if self.threads is not None: self.threads.end()
+
+    def _leave(self, learn):
+        super()._leave(learn)
+        if vars(learn).get('pred') is _NotKept: learn.pred = None
 
     def before_train(self):
         check_trainable(self.learn)
@@ -215,10 +232,10 @@ def _advice(self:MicroBatch, bs):
 class Passes:
     "The micro-batches of a batch, while their forward and backward passes run"
     def __init__(self, learn, parts, ns, win, depth):
-        self.learn,self.parts,self.ns,self.win,self.depth = learn,parts,ns,win,depth
+        self.learn,self.parts,self.ns,self.win,self.depth,self.outputs = learn,parts,ns,win,depth,None # what the model returned, if somebody is to read it
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *_inner),Sliced(),None,[]
         self.watched,self.c = False,None # in validation: is the loss computed with a graph; what it showed
-        self.all_counted,self.preds,self.seen,self.hidden = True,[],[],[] # what the model returned; losses with what they divide by; hidden states
+        self.all_counted,self.seen,self.hidden = True,[],[] # losses with what they divide by; hidden states
         self.versions = [self._version(yb) for _,yb in parts]
 
     @staticmethod
@@ -277,6 +294,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none')
     passes = Passes(learn, parts, ns, self.win, self.depth)
+    if len(ns)==1 or self.preds or any(reads_pred(cb, learn, self.preds is None) for cb in learn.cbs): passes.outputs = Outputs(ns)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
@@ -298,12 +316,13 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
         raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
                          "use `AccumulateStep`")
     passes.note(learn, None if learn.training else self.normalize)
+    learn.pred = _NotKept # the next micro-batch has the memory
 
 @patch
 def note(self:Passes, learn, normalize):
     "Keep what micro-batches came to; in validation, their losses weigh what `normalize` says"
     win,yb = self.win,learn.yb
-    self.preds.append(nested(_detach, learn.pred))
+    if self.outputs is not None: self.outputs.add(nested(_detach, learn.pred))
     self.hidden.append([m.hidden for m in self.states])
     if not len(yb): return
     if not learn.training: c = loss_count(learn.loss_func, learn.pred, yb, learn.xb, normalize, learn=learn) if self.c is None else self.c
@@ -345,7 +364,8 @@ def _join_all(self:MicroBatch, learn, passes):
     "Let prediction and loss be those of the batch, and give gradients their scale"
     win,seen = self.win,passes.seen
     gathers = not learn.training and any(isinstance(cb, GatherPredsCallback) for cb in learn.cbs)
-    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
+    if passes.outputs is not None: learn.pred = passes.outputs.joined(lists=not gathers, varied=self.varied)
+    learn.loss_grad = None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training and win.count:
@@ -433,7 +453,7 @@ def _norms(self:MicroBatch, passes):
             if not self._ddp: forward()
             else: # it prepares itself for a backward pass in its forward pass
                 model.require_backward_grad_sync,first = not self.wait,inner.forward
-                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = model(*learn.xb)
+                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = list(model(*learn.xb))
             yield [partial(forward.answer, i) for i in range(len(xs))]
 
 # %% ../nbs/10_microbatch.ipynb #8f77ccc9
