@@ -199,5 +199,5 @@ def reads_pred(
     "May `cb` read `learn.pred` when the passes of a batch are over?"
     if not cb.run or isinstance(cb, Host): return False
     if isinstance(cb, Recorder) and learn.metrics and (cb.train_metrics if learn.training else cb.valid_metrics): return True
-    named,other = map(any, zip(_class_reads(type(cb)), _reads({k:vars(cb)[k] for k in vars(cb).keys() & Callback._methods})))
+    named,other = map(any, zip(_class_reads(type(cb)), _reads({k:vars(cb)[k] for k in vars(cb).keys() & {*Callback._methods} - {*_passes}})))
     return named or unknown and other and (cb.run_train if learn.training else cb.run_valid)

@@ -176,9 +176,11 @@ def _fit_in(self:MicroBatch, learn, one):
     "Compute a batch in micro-batches that fit in memory"
     xb,yb,n = learn.xb,learn.yb,n_samples(learn.xb, learn.yb)
     if not self.auto: return self._attempt(learn, one, xb, yb, n, min(self.bs, n))
-    train,kind,undo = learn.training,0 if self._ddp else size_kind(xb, n),Undo(self._mods(learn), (xb,yb)) # one kind for all if processes have to agree
+    train,kind = learn.training,0 if self._ddp else size_kind(xb, n) # one kind for all if processes have to agree
+    undo,undo_notes = Undo(self._mods(learn), (xb,yb)),UndoNotes(self._mods(learn))
     while not self._attempt(learn, one, xb, yb, n, bs := min(self.sizes.limit(train, kind) or n, n)):
-        undo()
+        undo_notes()
+        undo() # and give memory back
         half = self.sizes.halve(train, kind, bs)
         if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {half}")
     if train: self.bs = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
@@ -212,16 +214,22 @@ def _undo_grads(self:MicroBatch, learn):
 @patch
 def _explain(self:MicroBatch, e, oom, n, bs):
     "Say in the error `e` of `bs` samples at once what to do, if no smaller number will be tried"
-    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}",)
+    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples{self._beside(bs, n)}. {self._advice(bs)}",)
     if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n:
         e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)
 
 def _let_go(d):
-    "Detach tensors in dict `d` from their graph"
+    "Detach tensors in dict `d` from their graph; parameters have none, and stay"
+    def graph(o): return isinstance(o, Tensor) and o.grad_fn is not None
     for k,v in d.items():
-        if isinstance(v, Tensor) or isinstance(v, (list,tuple)) and any(isinstance(t, Tensor) for t in v): d[k] = nested(_detach, v)
+        if graph(v) or isinstance(v, (list,tuple)) and any(map(graph, v)): d[k] = nested(lambda t: t.detach() if graph(t) else t, v)
 
 def _detach(o): return o.detach() if isinstance(o, Tensor) and o.requires_grad else o
+
+@patch
+def _beside(self:MicroBatch, bs, n):
+    readers = ['`preds`=True'] if self.preds else self._readers()
+    return f", and the outputs of all {n}, kept for {', '.join(map(str, readers))}" if readers and bs<n else ''
 
 @patch
 def _advice(self:MicroBatch, bs):
@@ -294,11 +302,16 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none')
     passes = Passes(learn, parts, ns, self.win, self.depth)
-    if len(ns)==1 or self.preds or any(reads_pred(cb, learn, self.preds is None) for cb in learn.cbs): passes.outputs = Outputs(ns)
+    if len(ns)==1 or self.preds or self._readers(): passes.outputs = Outputs(ns)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
     return passes
+
+@patch
+def _readers(self:MicroBatch):
+    "Callbacks that may read the outputs of the whole batch"
+    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, self.preds is None)]
 
 @patch
 def _micro(self:MicroBatch, learn, one, passes, i, outs):
