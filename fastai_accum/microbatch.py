@@ -214,7 +214,7 @@ def _undo_grads(self:MicroBatch, learn):
 @patch
 def _explain(self:MicroBatch, e, oom, n, bs):
     "Say in the error `e` of `bs` samples at once what to do, if no smaller number will be tried"
-    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples{self._beside(bs, n)}. {self._advice(bs)}",)
+    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}{self._beside(bs, n)}",)
     if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n:
         e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)
 
@@ -229,7 +229,7 @@ def _detach(o): return o.detach() if isinstance(o, Tensor) and o.requires_grad e
 @patch
 def _beside(self:MicroBatch, bs, n):
     readers = ['`preds`=True'] if self.preds else self._readers()
-    return f", and the outputs of all {n}, kept for {', '.join(map(str, readers))}" if readers and bs<n else ''
+    return f". The outputs of all {n} are kept for {', '.join(map(str, readers))}" if readers and bs<n else ''
 
 @patch
 def _advice(self:MicroBatch, bs):
