@@ -75,9 +75,12 @@ class _Cuda:
     @staticmethod
     def stats(xs, eps, running_mean, running_var, momentum):
         means,invstds = map(torch.stack, zip(*(torch.batch_norm_stats(_dense(x), eps) for x in xs)))
-        dtype = means.dtype if running_mean is None else running_mean.dtype
-        ns = torch.cat([torch.full((len(list(g)),), n, dtype=dtype, device=means.device) for n,g in itertools.groupby(map(_n, xs))])
-        return torch.batch_norm_gather_stats_with_counts(_dense(xs[0]), means, invstds, running_mean, running_var, momentum, eps, ns)
+        ns = torch.cat([torch.full((len(list(g)),), n, dtype=means.dtype, device=means.device) for n,g in itertools.groupby(map(_n, xs))])
+        running = [None if r is None else r.to(means.dtype) for r in (running_mean,running_var)] # the kernel counts in their dtype, or else in that of its first argument
+        res = torch.batch_norm_gather_stats_with_counts(means, means, invstds, *running, momentum, eps, ns)
+        for r,o in zip((running_mean,running_var), running):
+            if r is not o: r.copy_(o)
+        return res
 
     @staticmethod
     def normalize(x, w, b, mean, invstd, eps): return torch.batch_norm_elemt(_dense(x), w, b, mean, invstd, eps)
