@@ -265,7 +265,7 @@ OTHERS = ['INTERNAL_ERROR', 'the server said INTERNAL_ERROR', 'NOT_INITIALIZED',
 def test_texts():
     "Texts of PyTorch and of what it calls, each of a kind of its own; and texts that tell of something else"
     assert [o for o in NO_MEMORY if not is_oom(RuntimeError(o))]==[] and [o for o in OTHERS if is_oom(RuntimeError(o))]==[]
-    with pytest.raises(MemoryError) as numpy: np.empty(2**60)
+    with pytest.raises(MemoryError) as numpy: np.empty(2**55, dtype=np.uint8)
     assert all(is_oom(e) for e in (MemoryError(), numpy.value, torch.OutOfMemoryError('XPU out of memory. Tried to allocate 2.00 GiB')))
     assert not any(is_oom(ValueError(o)) or is_oom(KeyError(o)) for o in NO_MEMORY)
     used = [[bool(re.search(p, o)) for o in [*NO_MEMORY, 'cuDNN error: CUDNN_STATUS_NOT_SUPPORTED']] for p in _oom_texts]
