@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'window_size', 'check_args', 'beside', 'by_device',
-           'Window', 'rescale', 'several_processes', 'reduce_grads', 'WarnMixed']
+           'Window', 'rescale', 'check_no_graphs', 'several_processes', 'reduce_grads', 'WarnMixed']
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
@@ -326,6 +326,16 @@ def close(self:Window,
     return True
 
 # %% ../nbs/01_window.ipynb #f5def219
+def check_no_graphs(
+    model # A module
+):
+    "A `ValueError` if CUDA graphs would overwrite what is kept of earlier micro-batches"
+    for m in model.modules():
+        config = getattr(m if hasattr(m, '_orig_mod') else m._compiled_call_impl, 'get_compiler_config', lambda: None)()
+        if config and config.get('triton.cudagraphs'):
+            raise ValueError(f"{type(m).__name__} is compiled with CUDA graphs, which write a micro-batch's outputs and gradients where the last one's were: "
+                             "leave out `mode='reduce-overhead'`, and take 'max-autotune-no-cudagraphs' in place of 'max-autotune'")
+
 def several_processes():
     "Is this one of several processes?"
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
