@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'window_size', 'check_args', 'beside', 'by_device',
-           'Window', 'rescale', 'check_no_graphs', 'several_processes', 'reduce_grads', 'WarnMixed']
+           'Window', 'ends', 'rescale', 'check_no_graphs', 'several_processes', 'reduce_grads', 'WarnMixed']
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
@@ -116,6 +116,8 @@ class Window:
         self.per_sample = None # a whole number that it divides by for each sample, in all micro-batches of several samples; 0 if there is none
         self.parts,self.apart = None,False # what its parts divide by in the first micro-batch; were they of other proportions in another one
         self.constant = [] # losses without a gradient, with what they weigh if samples count
+        self.watched,self.marks,self.touched = (),(),False # some parameters; their gradients as they are to be; were they others
+        self.due = 0 # backward passes that did not come to the loss that was weighed
 
     def begin(self,
         n:int=1, # Its size: 1, or its samples
@@ -177,6 +179,7 @@ class Window:
         else:
             self.losses.append(loss.as_subclass(torch.Tensor).detach().reshape(()))
             self.denoms.append(self.c if c is None else c)
+        self.note()
 
     def cancel(self):
         "The backward pass of the current micro-batch is not made, so it counts nothing"
@@ -297,6 +300,46 @@ def mean_loss(self:Window):
     "The loss that the micro-batches would have had as one batch"
     return self._over(self.loss)
 
+# %% ../nbs/01_window.ipynb #eb923539
+def ends(
+    params # Parameters
+)->list: # At most two
+    "The first and the last of `params` that are trained"
+    ps = [p for p in params if p.requires_grad]
+    return [*{ps[0],ps[-1]}] if ps else []
+
+@patch
+def watch(self:Window,
+    params # Parameters, a few of them
+):
+    "From now on, see whether anything but backward passes writes to the gradients of `params`"
+    self.watched = params
+    self.note()
+
+@patch
+def note(self:Window):
+    "The gradients that are watched are what they should be"
+    self.marks = [(p, g := p.grad, None if g is None else g._version) for p in self.watched]
+
+@patch
+def look(self:Window):
+    "Has something written to the gradients that are watched?"
+    for p,g,v in self.marks:
+        if p.grad is not g or g is not None and g._version!=v: self.touched = True
+
+@patch
+def differentiate(self:Window,
+    loss, # What was weighed
+    f # A function that is to differentiate it, now or before the window is closed
+):
+    "Call `f`; until its backward pass comes to `loss`, it is due"
+    if loss.requires_grad: loss.register_hook(self._came)
+    f()
+    self.due += 1
+
+@patch
+def _came(self:Window, g): self.due -= 1
+
 # %% ../nbs/01_window.ipynb #63901d1f
 def rescale(
     params, # Parameters, with or without gradient
@@ -312,6 +355,8 @@ def close(self:Window,
     counted:bool=True # Are the targets still those that `counts` is about?
 )->bool: # Is there a gradient?
     "No micro-batch will come any more: give the gradients their final scale"
+    self.look()
+    self.watched = self.marks = () # they hold gradients
     self._unhook()
     self._settle()
     self.closed = True
@@ -369,11 +414,12 @@ def pool(self:Window,
     if self.ref is None: self.ref = 1
     scale,self.ref = n*self.scale,(1 if self.reduction=='none' else self.denom)/n
     rescale(params, scale)
+    self.note()
     return beside(scale, loss)
 
 # %% ../nbs/01_window.ipynb #71132ddb
 class WarnMixed:
-    "Warns, once in a fit, of a loss whose micro-batches no one number weighs"
+    "Warns, once in a fit, of a loss whose micro-batches no one number weighs, and of gradients that are written by hand"
     def __init__(self,
         large:str='the large batch' # What the run is to be that of
     ):
@@ -382,7 +428,7 @@ class WarnMixed:
 
     def begin(self):
         "A fit begins"
-        self.told,self.later = False,None
+        self.told,self.later,self.told_touched = False,None,False
 
     def warn(self,
         loss_func, # The loss
@@ -395,6 +441,10 @@ class WarnMixed:
         win:Window, # A window that was closed
         loss_func # The loss
     ):
+        if win.touched and win.begun>1 and not self.told_touched:
+            self.told_touched = True
+            warn("`.grad` was changed between the backward passes of a window: what is written there is not weighed as micro-batches are, and the next ones add to it, so the run may not be "
+                 f"{self.large}'s. Change the gradient once it is complete, in `before_step`; or let what you write be the gradient of a loss")
         if win.apart is True: self.warn(loss_func)
         elif win.apart is not False: self.later = win.apart if self.later is None else self.later|win.apart
 
