@@ -14,6 +14,7 @@ from fastai.callback.mixup import MixHandler
 from functools import cache
 from types import CodeType
 from .losses import mixed_denominators
+from .window import check_no_graphs
 
 # %% ../nbs/03_hosts.ipynb #8d1f4054
 def own_class(
@@ -153,6 +154,7 @@ def check_trainable(
     "A `ValueError` if there is nothing to train, or if gradients can't wait for the last of several backward passes"
     if not any(p.requires_grad for p in learn.model.parameters()):
         raise ValueError("no parameter of `learn.model` has `requires_grad`=True, so there is nothing to train: call `learn.unfreeze()`")
+    check_no_graphs(learn.model)
     if getattr(learn.model, 'static_graph', False):
         raise ValueError("`DistributedDataParallel(static_graph=True)` expects one backward pass for each step, and there are several: leave out `static_graph`")
 

@@ -403,7 +403,7 @@ def _join_all(self:MicroBatch, learn, passes):
 def _joined_loss(learn, win, seen):
     "The loss of a batch, of which `seen` has the losses of micro-batches and what they divide by"
     if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): return torch.cat([l for l,_ in seen])
-    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
+    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill((win.total==0).to(seen[0][0].device), 0)
     if not win.count: # in validation, or if no backward pass was made
         for l,c in seen: win.add(l, c)
     return win.mean_loss if learn.training or win.reduction=='none' else win.loss/win.denom # nan if nothing counts, as without the callback
