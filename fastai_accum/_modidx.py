@@ -673,6 +673,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.window.Window.scale': ('window.html#window.scale', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.weigh': ('window.html#window.weigh', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.weigh_loss': ('window.html#window.weigh_loss', 'fastai_accum/window.py'),
+                                     'fastai_accum.window._beside': ('window.html#_beside', 'fastai_accum/window.py'),
                                      'fastai_accum.window.check_args': ('window.html#check_args', 'fastai_accum/window.py'),
                                      'fastai_accum.window.check_choice': ('window.html#check_choice', 'fastai_accum/window.py'),
                                      'fastai_accum.window.check_normalize': ('window.html#check_normalize', 'fastai_accum/window.py'),
