@@ -29,7 +29,8 @@ def summary(res): return exactness(res, FEW)
 
 def where(res):
     "When, where and with what"
-    return f"{res['date']}, {res['machine']}, torch {res['rows']['loop']['torch'].split('+')[0]} where a row does not say another. Times are medians of {res['repeats']} epochs of each in random turn."
+    return f"{res['date']}, {res['machine']}, torch {res['rows']['loop']['torch'].split('+')[0]} where a row does not say another. Times are medians of {res['repeats']} epochs of each in random turn." + (
+        f" Peak memory of the models with large outputs was measured on {o['date']}, for the libraries that were there." if (o := res.get('outputs')) else '')
 
 def options(res):
     "How each was told to accumulate"
