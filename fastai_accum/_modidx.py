@@ -743,6 +743,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.window.Window.watch': ('window.html#window.watch', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.weigh': ('window.html#window.weigh', 'fastai_accum/window.py'),
                                      'fastai_accum.window.Window.weigh_loss': ('window.html#window.weigh_loss', 'fastai_accum/window.py'),
+                                     'fastai_accum.window._beside': ('window.html#_beside', 'fastai_accum/window.py'),
                                      'fastai_accum.window._plus': ('window.html#_plus', 'fastai_accum/window.py'),
                                      'fastai_accum.window.beside': ('window.html#beside', 'fastai_accum/window.py'),
                                      'fastai_accum.window.by_device': ('window.html#by_device', 'fastai_accum/window.py'),
