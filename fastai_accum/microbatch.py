@@ -80,7 +80,7 @@ class MicroBatch(Host):
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
         store_attr()
-        self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch')
+        self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
@@ -525,7 +525,7 @@ def _sharded(self:MicroBatch):
 @patch
 def _check_sharded(self:MicroBatch, kind):
     "A `ValueError` if a model that several processes share can't be computed in micro-batches"
-    if self._wait():
+    if self._wait() and not self.sync_loss:
         raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
                          f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`; for a loss of your own that is a mean over samples, pass `normalize`='samples'")
     if self.sync_bn is True and batch_norms(self.model):
