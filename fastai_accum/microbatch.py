@@ -59,9 +59,9 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, compared=False)
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, known=None)
     win,passes,threads = None,None,None # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`
-    depth,kept,compared = 0,True,False # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, was the model seen to be the same twice
+    depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
@@ -442,8 +442,10 @@ def _norms(self:MicroBatch, passes):
     inner = model.module if self._ddp else model
     xs,ns = passes.micro
     norms = self.sync_bn if batch_norms(inner) else False
+    if self.known is None: self.known = {}
     self.moments.drop()
-    if len(xs)==1 or not norms and not self.sync_loss: yield None
+    if len(xs)==1 and self.sync_loss: yield [partial(self._agreed, partial(model, *learn.xb))]
+    elif len(xs)==1 or not norms and not self.sync_loss: yield None
     elif norms is not True and self.sync_loss: yield [self._one_loss(passes, self._two_passes(passes, norms))]
     elif norms=='stats':
         with norms_by([inner], self.moments): yield None
@@ -454,12 +456,29 @@ def _norms(self:MicroBatch, passes):
         if self.fitting and self.threads is None: self.threads = Lockstep()
         with jointly(inner, xs, self.offload, self.threads) as forward:
             if not self._ddp: forward()
-            else: # it prepares itself for a backward pass in its forward pass
-                model.require_backward_grad_sync,first = not self.wait,inner.forward
-                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = model(*learn.xb)
-            yield [self._one_loss(passes, OnePass(forward.outs, ns, forward.notes))] if self.sync_loss else [partial(forward.answer, i) for i in range(len(xs))]
+            elif self.sync_loss: self._agreed(partial(self._forward_in_ddp, learn, forward))
+            else: self._forward_in_ddp(learn, forward)
+            yield [self._one_loss(passes, OnePass(forward.outs, ns, forward.notes, self.known, OfFewer(inner, xs[0], ns[0])))] if self.sync_loss else [partial(forward.answer, i) for i in range(len(xs))]
 
 # %% ../nbs/10_microbatch.ipynb #c0de0002
+@patch
+def _forward_in_ddp(self:MicroBatch, learn, forward):
+    "The passes in lock-step within that of a `DistributedDataParallel`, which prepares itself for a backward pass there"
+    model,first = learn.model,learn.model.module.forward
+    model.require_backward_grad_sync = not self.wait
+    with stand_in(model.module, 'forward', lambda *args: forward(first)): forward.outs = model(*learn.xb)
+
+@patch
+def _agreed(self:MicroBatch, forward):
+    "What `forward` returns, if there was enough memory in all processes that find a size together, as a loss may wait for all of them"
+    res = oom = None
+    try: res = forward()
+    except BaseException as e:
+        if not is_oom(e): raise
+        oom = e
+    if self._anywhere(oom is not None): raise oom or torch.OutOfMemoryError('out of memory in another process')
+    return res
+
 @patch
 def _whole_targets(self:MicroBatch, yb, parts, ns):
     "The targets of the batch, in the order of its `parts`"
@@ -482,21 +501,22 @@ def _two_passes(self:MicroBatch, passes, norms):
         if not again: left.append([m.hidden for m in states])
     @contextmanager
     def around_all(again):
+        if not again: left.clear()
         with norms_by([model], self.moments) if norms else nullcontext(): yield
         self.moments.drop() if again else self.moments.flush()
         for m,*hs in zip(states, *left): m.hidden,m.bs = nested(lambda *h: torch.cat(h, 1), *hs),sum(ns)
-    return TwoPasses(model, xs, ns, around, around_all)
+    return TwoPasses(model, xs, ns, around, around_all, self.known)
 
 @patch
 def _one_loss(self:MicroBatch, passes, all_passes):
     "Let the backward pass go by the outputs of `all_passes`, and return the function that computes these"
-    learn,forward = passes.learn,all_passes.forward
+    learn = passes.learn
     def later():
         all_passes.check(learn.loss_grad)
         learn._backward()
-        if all_passes.backward(compare=not self.compared): self.compared = True
+        all_passes.backward()
     passes.later = later
-    return forward
+    return partial(self._agreed, all_passes.forward)
 
 
 # %% ../nbs/10_microbatch.ipynb #8f77ccc9

@@ -82,7 +82,7 @@ def ce_dice(z, y): return F.cross_entropy(z, y, ignore_index=-1)+dice(z, y)
 Two = collections.namedtuple('Two', 'a b')
 class Net(nn.Module):
     "Dropout with `p`, if it has any, and BatchNorm if that is asked for"
-    def __init__(self, n_out=4, p=0., norm=None):
+    def __init__(self, n_out=3, p=0., norm=None):
         super().__init__()
         self.net,self.ns = nn.Sequential(nn.Linear(6, 8), norm(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(p), nn.Linear(8, n_out)),[]
         self.register_forward_pre_hook(lambda m, xb: self.ns.append(len(xb[0])) if m.training else None)
@@ -160,7 +160,7 @@ def test_sizes(micro):
     a,b = same(lambda: ranknet, Net, micro=micro, tol=1e-12 if micro.args==(1,) else 0.)
     assert len(b.model.ns)==2*(2*41 if micro.args==(1,) else 3)
 
-def test_nested_outputs_of_several_inputs(): same(lambda: scaled, partial(Towers, n_out=3), mk=two_inputs, micro=partial(one, valid=True))
+def test_nested_outputs_of_several_inputs(): same(lambda: scaled, Towers, mk=two_inputs, micro=partial(one, valid=True))
 
 def split(xb, yb, bs): return [(tuple(x[i::4] for x in xb),tuple(y[i::4] for y in yb)) for i in range(4)]
 def test_split():
@@ -233,7 +233,7 @@ def test_autocast(by):
         return run(l, lambda l: l.fit(2, 0.05))
     full,a,b = mk(None, False),mk(None),mk(one())
     assert len(b.model.where)==2*(2*(4+4+2)+1) and all(o==(True,torch.float16) for o in b.model.where)
-    assert a.mixed.seen==b.mixed.seen and len(a.trace.steps)==len(b.trace.steps)==(6 if by==1. else 4)
+    assert a.mixed.seen==b.mixed.seen and len(a.trace.steps)==len(b.trace.steps)==6
     w = [flat(l.model.parameters()) for l in (full,a,b)]
     if by==1.: assert rel(w[0], w[2])<=1.2*rel(w[0], w[1])<=0.01
     assert not torch.is_autocast_enabled('cpu') and autocast_depth()==0
@@ -295,7 +295,7 @@ class Stop(Callback):
 
 def test_random_losses():
     "What a loss draws goes on from the first passes, and the next batch from what the loss drew"
-    def loss(z, y): return (z*torch.rand(4, dtype=f64)*random.random()).pow(2).mean()
+    def loss(z, y): return (z*torch.rand(3, dtype=f64)*random.random()).pow(2).mean()
     same(lambda: loss, Net)
     def drop(acc, m): return run(made(acc, lambda: loss, m), fit)
     a,b = drop(None, lambda: InParts(Net(p=0.3))),drop(one(), partial(Net, p=0.3))
@@ -375,3 +375,175 @@ def test_memory():
     assert plain*4<large and small<=1.1*plain, (large,plain,small)
 class Wide(Views):
     def __init__(self, net): nn.Module.__init__(self); self.net = net
+
+# ---- what can't be, and says so
+
+def refused(l, kind, *says, fit=fit):
+    "The error has all of `says`; nothing is trained, no gradient and no stand-in is left, and the learner trains without the callback"
+    was = flat(l.model.parameters())
+    with pytest.raises(kind) as e: run(l, fit)
+    for o in says: assert o in str(e.value), e.value
+    assert torch.equal(was, flat(l.model.parameters())) and not any(p.grad is not None and p.grad.any() for p in l.model.parameters())
+    assert not {'_call_impl','forward'} & set(vars(l.model)) and l.micro_batch.passes is None
+
+def mean_out(m): return lambda x: (o := m.net(x),o.pow(2).mean())
+class Aux(Net):
+    "An auxiliary loss of the micro-batch"
+    def forward(self, x): o = self.net(x); return o,o.pow(2).mean()
+class Cat(Net):
+    "Both views in one tensor, the first ones first"
+    def forward(self, x): return torch.cat(Views.forward(self, x))
+class Lists(Net):
+    def forward(self, x): return [dict(z=o) for o in self.net(x)]
+class Cat4(Cat):
+    "With as many channels as a micro-batch has samples"
+    def __init__(self): super().__init__(4)
+class Similar(Net):
+    def forward(self, x): return self.net(x)@self.net(x).T
+class Labels(Net):
+    "Each sample's place"
+    def forward(self, x): return self.net(x),torch.arange(len(x))
+class Says(Net):
+    def forward(self, x): return self.net(x),f'from {x[0,0]}'
+OUTPUTS = {'auxiliary loss':(Aux,'`learn.pred[1]`, a Tensor of shapes [(), (), (), ()]'), 'views in one':(Cat,'`learn.pred`, a Tensor of shapes [(8, 3), (8, 3)'), 'lists':(Lists,"can't be joined"),
+           'views in one, by chance of another form':(Cat4,'`learn.pred`, a Tensor of shapes [(8, 4), (8, 4)'), 'similarities':(Similar,'`learn.pred`, a Tensor of shapes [(4, 4), (4, 4)'),
+           'places':(Labels,'`learn.pred[1]`, a Tensor of shapes [(4,), (4,)'), 'text':(Says,"`learn.pred[1]`, a str for")}
+@pytest.mark.parametrize('name', OUTPUTS)
+def test_outputs_that_cant_be_joined(name):
+    model,says = OUTPUTS[name]
+    refused(made(one(), lambda: lambda z,y: z[0].mean(), model), ValueError, says, 'let the model return one entry for each sample')
+    refused(made(one(valid=True), lambda: lambda z,y: z[0].mean(), model), ValueError, says, fit=lambda l: l.validate())
+
+class ByChannel(Views):
+    "Channels first, and as many of them as samples in a micro-batch; with dropout, BatchNorm and a hook that has to see the passes as they are"
+    def __init__(self): super().__init__(4, p=0.3, norm=nn.BatchNorm1d)
+    def forward(self, x): return self.net(x).T,self.net(x)
+def test_sizes_that_agree_by_chance():
+    "One pass of one sample fewer shows which dimension has samples, and leaves no trace"
+    def loss(z, y): return batch_hard(z[0].T, y)+dice(z[1], y)
+    class Parts(InParts):
+        def forward(self, x):
+            if not self.training: return self.m(x)
+            return tuple(torch.cat(o, d) for o,d in zip(zip(*[self.m(o) for o in x.split(even_sizes(len(x), MICRO))]), (1,0)))
+    (a,s),(b,t) = ((run(made(acc, lambda: loss, m), fit),states()) for acc,m in ((None,lambda: Parts(ByChannel())), (one(),ByChannel)))
+    assert_same_run(a, b, 1e-12)
+    assert rel(flat(a.records.bufs), flat(b.records.bufs))<=1e-12 and s==t and len(b.model.ns)==2*(2*10)+4
+    refused(made(one(), lambda: loss, ByChannel, cbs=lambda: [Penalty(2)]), RuntimeError, 'the loss depends on what a hook or a layer has kept')
+
+class Penalty(Callback):
+    "On what a hook has taken of a layer, or what a layer keeps"
+    run_valid = False
+    def __init__(self, layer, detach=False): store_attr()
+    def before_fit(self): self.handle = self.model.net[self.layer].register_forward_hook(self.hook)
+    def hook(self, m, i, o): self.act = o.detach() if self.detach else o
+    def after_loss(self): self.learn.loss_grad = self.learn.loss_grad + 0.3*self.act.pow(2).mean()
+    def after_fit(self): self.handle.remove()
+class Pos(Net):
+    "A parameter is added to the inputs, so that nothing is saved on the way to it"
+    def __init__(self): super().__init__(); self.pos = nn.Parameter(torch.ones(6)); self.net = nn.Sequential(nn.Identity(), *self.net)
+    def forward(self, x): return self.net(x+self.pos)
+class Kept(Net):
+    "A layer that keeps an auxiliary loss for whoever asks"
+    def forward(self, x): o = self.net(x); self.aux = o.pow(2).mean(); return o
+
+@pytest.mark.parametrize('model,layer,kw', ((Net,2,{}), (Pos,0,{}), (Checkpointed,2,{}), (normed,2,dict(sync_bn=True)), (normed,2,dict(sync_bn='stats'))))
+def test_penalties_on_activations(model, layer, kw):
+    refused(made(one(**kw), lambda: ranknet, model, cbs=lambda: [Penalty(layer)]), RuntimeError, 'the loss depends on what a hook or a layer has kept', 'let the model return it')
+
+def test_auxiliary_losses_that_a_layer_keeps():
+    def mk(acc):
+        l = made(acc, lambda: lambda z,y: ranknet(z, y)+l.model.aux, Kept)
+        return l
+    refused(mk(one()), RuntimeError, 'the loss depends on what a hook or a layer has kept')
+
+def test_what_hooks_take_without_graph(): 
+    "A number that goes with the loss is none of its business"
+    l = run(made(one(), lambda: ranknet, Net, cbs=lambda: [Penalty(2, detach=True)]), fit)
+    assert len(l.trace.steps)==6
+
+class Own(Net):
+    "Noise from a generator of its own"
+    def __init__(self): super().__init__(); self.g = torch.Generator().manual_seed(0)
+    def forward(self, x): return self.net(x+0.01*torch.randn(x.shape, generator=self.g, dtype=x.dtype) if self.training else x)
+class Counts(Net):
+    "A state that is no buffer"
+    n = 0
+    def forward(self, x): self.n += self.training; return self.net(x)*(1+0.01*self.n)
+class Grows(Net):
+    "Another shape"
+    n = 3
+    def forward(self, x): self.n += self.training; return self.net(x)[:,:self.n//4+1]
+class InPlace(Net):
+    def forward(self, x): return self.net(x.mul_(1.1) if self.training else x)
+class Carried(Net):
+    h = 0.
+    def forward(self, x): self.h = 0.5*self.h+self.net(x).mean(0).detach(); return self.net(x)+self.h
+@pytest.mark.parametrize('model,says', ((Own,'with values that are'), (Counts,'with values that are'), (InPlace,'with values that are'), (Carried,'with values that are'), (Grows,'of another form')))
+def test_models_that_are_not_the_same_twice(model, says):
+    refused(made(one(), lambda: ranknet, model), RuntimeError, says, f'{model.__name__} was called twice', 'make the state a buffer')
+
+def test_rounding_is_no_difference():
+    "A sum in another order is, on an accelerator, as good"
+    class Rounds(Net):
+        n = 0
+        def forward(self, x): self.n += 1; return self.net(x)*(1+2e-16*(self.n%2))
+    same(lambda: ranknet, Rounds)
+
+def test_the_accelerator_is_asked_once(monkeypatch):
+    "Outputs are compared in the first batch of a fit only"
+    n = []
+    off = wholeloss.TwoPasses._off
+    monkeypatch.setattr(wholeloss.TwoPasses, '_off', lambda self, *args: n.append(1) or off(self, *args))
+    run(made(one(), lambda: ntxent, Views), fit)
+    assert len(n)==2*4
+
+class OwnBatch(Learner):
+    def _do_one_batch(self):
+        self.pred = self.model(self.x*0.5)
+        self('after_pred')
+        self.loss_grad = self.loss_func(self.pred, *self.yb)
+        self.loss = self.loss_grad.clone()
+        self('after_loss')
+        if self.training: self._do_grad_opt()
+@pytest.mark.parametrize('model,kw', ((Net,dict(sync_loss=True)), (normed,dict(sync_loss=True, sync_bn=True)), (normed,dict(sync_bn=True))))
+def test_other_inputs(model, kw):
+    l = made(MicroBatch(MICRO, **kw), lambda: ranknet, model)
+    l.__class__ = OwnBatch
+    l.micro_batch._join()
+    refused(l, ValueError, 'is called with other inputs than those of the batch')
+
+def test_arguments():
+    for v in ('yes',2,None):
+        with pytest.raises(ValueError, match='`sync_loss`'): MicroBatch(8, sync_loss=v)
+    for v in ('samples','none',len):
+        with pytest.raises(ValueError, match='`normalize`=.*beside `sync_loss`=True: .*nothing to weigh'): MicroBatch(8, normalize=v, sync_loss=True)
+    with pytest.raises(ValueError, match=r'`sync_loss`=True: micro-batches that come one by one.*`MicroBatch\(sync_loss=True\)`'): AccumulateStep(4, sync_loss=True)
+    with pytest.raises(ValueError, match='a loss that sees the whole batch has no gradient of one micro-batch'): made(one(), lambda: ranknet, Net, cbs=lambda: [NoiseScale()]).fit(1)
+    def bad(xb, yb, bs): return [(x,(f'from {x[0][0,0]}',)) for x,_ in split(xb, yb, bs)]
+    refused(made(one(split=bad), lambda: lambda z,y: z.mean(), Net), ValueError, "`split`=", "beside `sync_loss`=True")
+
+def test_no_warning():
+    "There is nothing to warn of, and elsewhere the warning names the cure"
+    loss = LabelSmoothingCrossEntropy(weight=torch.tensor([1.,2.,5.], dtype=f64))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*no one number', UserWarning)
+        same(lambda: loss, Net)
+    for acc,cure in ((MicroBatch(MICRO),'With `sync_loss=True` one loss'), (AccumulateStep(2),r'`MicroBatch\(sync_loss=True\)`, with a loader of whole batches')):
+        with pytest.warns(UserWarning, match=f'no one number weighs.*{cure}'): run(made(acc, lambda: loss, Net), fit)
+
+# ---- the check of a learner
+
+def test_check():
+    "It names the cure of a loss that compares samples, as it has tried it, and checks it where the learner has it"
+    l = made(None, lambda: supcon, Views)
+    l.dls.loaders[0] = l.dls.train.new(bs=5)
+    said = l.check_accumulation(3).advice
+    assert list(said)==['loss'] and '`MicroBatch(sync_loss=True)`, with a loader of whole batches, is exact here, as was tried' in said['loss']
+    res = made(one(), lambda: supcon, Views).check_accumulation()
+    assert res.ok and res.diff<=1e-12 and res.sizes==[4,4,4,4] and not res.advice
+    res = made(MicroBatch(MICRO, sync_bn=True), lambda: supcon, lambda: NormedViews(norm=nn.BatchNorm1d)).check_accumulation()
+    assert list(res.advice)==['loss'] and '`MicroBatch(sync_bn=True, sync_loss=True)`, with a loader of whole batches, is exact here' in res.advice['loss'], res
+    res = made(one(), lambda: supcon, lambda: NormedViews(norm=nn.BatchNorm1d)).check_accumulation()
+    assert list(res.advice)==['batchnorm'] and '`MicroBatch(sync_loss=True, sync_bn=True)`, with a loader of whole batches, is exact here' in res.advice['batchnorm'], res
+    assert made(one(sync_bn=True), lambda: supcon, lambda: NormedViews(norm=nn.BatchNorm1d)).check_accumulation().ok
+class NormedViews(Views): pass

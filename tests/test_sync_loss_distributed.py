@@ -6,7 +6,7 @@ from common import *
 from processes import *
 from torch.distributed.nn.functional import all_gather
 from test_distributed import Cut
-from test_microbatch_distributed import BS,Limited,Normal,Normed,NormedExtra,Scaled,case,clip,mixed,shift,traced,unused,work
+from test_microbatch_distributed import BS,Limited,Normal,Normed,NormedExtra,Scaled,case,clip,mixed,shift,traced,unused,views,work
 from test_sync_loss import batch_hard,supcon
 try: from torch.distributed.fsdp import fully_shard
 except ImportError: fully_shard = None
@@ -27,9 +27,11 @@ CASES = {
     'gathered, scaler and clip':case(b=micro(), loss=gathered, n=64, opt='adam', cbs=lambda: mixed()()+clip()),
     'buffers':case(b=micro(4, valid=True), loss=one, model=Scaled, cbs=shift),
     'unused parameters':case(b=micro(), loss=one, model=NormedExtra, a=micro(5), **unused),
-    'bucket views':case(b=micro(), loss=one, ddp=dict(gradient_as_bucket_view=True)),
+    'bucket views':case(b=micro(), loss=one, **views),
     'auto':case(b=micro('auto'), loss=gathered, n=64, model=Scaled, cbs=shift, most={1:5}),
     'auto, in backward':case(b=micro('auto'), loss=gathered, n=64, model=Scaled, cbs=shift, most={1:5}, where='backward'),
+    'auto, exact BatchNorm':case(b=micro('auto', sync_bn=True), loss=gathered, n=64, model=Normal, most={1:5}),
+    'auto, enough memory':case(b=micro('auto'), loss=gathered, n=64, model=Normal),
 }
 
 def sharded():
@@ -43,7 +45,7 @@ def sharded():
         learn.model.load_state_dict(net().double().state_dict()) # the same for both
         fully_shard(learn.model)
         run(learn, lambda l: l.fit(2, 0.05))
-        return flat(p.full_tensor() for p in learn.model.parameters())
+        return flat(p.full_tensor() if hasattr(p, 'full_tensor') else p for p in learn.model.parameters())
     return trained(),trained(micro()())
 
 @pytest.fixture(scope='module')
@@ -60,7 +62,7 @@ def test_same_run(name, two):
         assert b['synced'] and [n for n in b['log'] if n!=1]==[n for n in a['log'] if n!=1] and len(a['log'])==len(a['steps'])>0
     (_,b),(_,c) = res
     for s,t in zip(b['steps'], c['steps']): assert torch.equal(s['weights'], t['weights'])
-    if 'auto' in name: assert all(list(o['found'].values())==[4] for o in (b,c))
+    if 'auto' in name: assert all(list(o['found'].values())==([] if 'enough' in name else [4]) for o in (b,c))
 
 @pytest.mark.skipif(fully_shard is None, reason='torch without `fully_shard`')
 def test_sharded(two):
