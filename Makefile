@@ -42,7 +42,7 @@ docs: env
 
 test: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
-	ls -r nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(VENV)/bin/nbdev-test # two processes of one thread each, the longest notebooks first; a process for each, as they patch fastai's classes
+	OMP_NUM_THREADS=1 $(PY) -W ignore tools/notebooks.py # a process for each, as they patch fastai's classes; two at a time, of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
 	$(MAKE) test-fastai1
 

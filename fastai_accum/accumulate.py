@@ -95,6 +95,7 @@ class AccumulateStep(Host):
             with nullcontext() if self.win is None else set_aside(learn.model), super().in_fit(learn): yield
         finally:
             if waiting is not None and learn.opt is waiting.wrapped: learn.opt = waiting
+            if self.win is not None: self.win.note()
 
     def busy(self): return self.win is not None and self.part is not None
 
@@ -141,6 +142,7 @@ class TrainPart:
         self.ddp = isinstance(learn.model, DistributedDataParallel)
         self.listeners = Listeners(learn, *micro_events)
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
+        self.ends = ends(learn.model.parameters())
         self.metrics = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
 
     @staticmethod
@@ -220,6 +222,7 @@ def _open(self:AccumulateStep, learn, i, bs):
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
     self.win = Window(size, self._reduction(learn), n*unit)
+    self.win.watch(self.part.ends)
 
 @patch
 def weigh(self:AccumulateStep, learn):
@@ -245,6 +248,7 @@ def _before_step(self:AccumulateStep, learn):
 @patch
 def _close(self:AccumulateStep, learn):
     "Give the window's gradients the large batch's scale and let the optimizer at them; are there any?"
+    self.check_differentiated(learn)
     self.accum_opt.open = False
     self.moments.flush()
     some = self.win.close(partial(self._params, learn), learn.model if self.part.ddp else None)

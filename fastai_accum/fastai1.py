@@ -58,6 +58,7 @@ class AccumulateStep(LearnerCallback):
 
     def on_backward_begin(self, last_loss, last_output, last_target, **kwargs):
         self.loss = last_loss
+        self.win.look()
         loss = self.win.weigh_loss(last_loss, self.learn.loss_func, last_output, _listed(last_target), self.inputs, self.normalize, self.learn)
         return {'skip_bwd':True} if loss is None else {'last_loss':loss}
 
@@ -89,6 +90,7 @@ class AccumulateStep(LearnerCallback):
         n = math.ceil(size/unit) # micro-batches
         if self.leftover!='carry' and i<self.n_dl: n = min(n, self.n_dl-i)
         self.win = Window(size, self.reduction, n*unit)
+        self.win.watch(ends(self.learn.model.parameters()))
 
     def _close(self):
         self.gate.open = False

@@ -120,17 +120,26 @@ class Host(Callback):
 
     def backward(self, learn, f):
         "The events of a micro-batch's backward pass around `f`; its loss is weighed before it, and counted after it"
-        win,loss = self.win,self.weigh(learn)
+        win = self.win
+        win.look()
+        loss = self.weigh(learn)
         try:
             if loss is None: raise CancelBackwardException
             learn.loss_grad = loss
             learn('before_backward')
-            f()
+            win.look()
+            win.differentiate(loss, f)
             win.add(learn.loss)
         except CancelBackwardException:
             win.cancel()
             learn('after_cancel_backward')
         learn('after_backward')
+
+    def check_differentiated(self, learn):
+        "A `ValueError` if backward passes of the window did not come to the losses that were weighed"
+        if self.win.due>0 and self.win.begun>1:
+            raise ValueError(f"{type(learn).__name__} or one of its callbacks makes a backward pass that does not differentiate `learn.loss_grad`, which {self} has weighed: change the loss "
+                             "in `after_loss`, and let a gradient that you compute yourself be that of a loss")
 
     def busy(self):
         "Is a batch of several micro-batches under way?"

@@ -156,6 +156,7 @@ def _add(self:Accumulator, loss, pred, targs, n):
     "A micro-batch of `n` samples: its backward pass, and a step if it is its window's last"
     if self.win is None: self._open()
     win = self.win
+    win.look()
     last = win.begin(1 if self.unit=='n_step' else n)
     weighed = self._weigh(loss, pred, targs, n)
     if weighed is None: win.cancel()
@@ -170,6 +171,7 @@ def _add(self:Accumulator, loss, pred, targs, n):
 def _open(self:Accumulator):
     self._zero()
     self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None)
+    self.win.watch(ends(self.model.parameters()))
 
 @patch
 def _step(self:Accumulator):

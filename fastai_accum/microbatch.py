@@ -59,8 +59,8 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, known=None)
-    win,passes,threads = None,None,None # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), known=None)
+    win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -97,7 +97,9 @@ class MicroBatch(Host):
         try:
             with set_aside(self._mods(learn)) if outer else nullcontext(), super().in_fit(learn): yield
         finally:
-            if outer: self.win = outer.win
+            if outer:
+                self.win = outer.win
+                self.win.note()
 
     def busy(self): return self.passes is not None
 
@@ -106,6 +108,7 @@ class MicroBatch(Host):
 
     def before_train(self):
         check_trainable(self.learn)
+        self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
@@ -259,6 +262,8 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
         with self._norms(passes) as outs:
             for i in range(len(passes.parts)): self._micro(learn, one, passes, i, outs)
             passes.backward_all()
+            self.win.note()
+        self.check_differentiated(learn)
         if self._ddp and self.win.count and self.win.c is None: self.wait = True # the backward pass that communicates was cancelled
     except CancelBatchException:
         but = learn # as prediction and loss are those of a micro-batch, so are the targets
@@ -280,6 +285,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     reduction = self._reduction(learn)
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none')
+    if learn.training: self.win.watch(self.ends)
     micro = [x for x,_ in parts],ns
     if self.sync_loss: parts,ns,bs = [(xb,self._whole_targets(yb, parts, ns))],[n],n # for all but the model, it is one
     passes = Passes(learn, parts, ns, self.win, self.depth)
@@ -355,8 +361,9 @@ def _join_all(self:MicroBatch, learn, passes):
     learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
-    if learn.training and win.count:
-        win.close(partial(self._params, learn), counted=passes.all_counted)
+    if learn.training:
+        if win.count: win.close(partial(self._params, learn), counted=passes.all_counted)
+        else: win.look()
         self.mixed.see(win, learn.loss_func)
     learn.loss = _joined_loss(learn, win, seen)
     learn.loss_grad = learn.loss.clone()

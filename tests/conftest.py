@@ -1,4 +1,4 @@
-import os,warnings
+import gc,os,warnings
 from hypothesis import settings
 
 warnings.filterwarnings('ignore', category=FutureWarning)
@@ -6,3 +6,7 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 settings.register_profile('all', deadline=None, derandomize='CI' in os.environ, database=None, max_examples=200)
 settings.load_profile('all')
 
+
+def pytest_collection_finish():
+    "What is imported by now is not to be looked through in each collection of garbage, of which there is one after each failed attempt"
+    gc.collect(); gc.freeze()

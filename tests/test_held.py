@@ -2,6 +2,7 @@
 import pytest,warnings
 from fastai.callback.hook import ActivationStats
 from common import *
+from fastai_accum.loop import Accumulator
 from fastai_accum.noise import ratio_interval
 
 N,BS,N_STEP = 58,4,4
@@ -604,3 +605,94 @@ def test_batch_that_is_one_tensor():
     learn.dls.loaders[0] = [torch.randn(16, 6, dtype=torch.float64)]*4
     with pytest.raises(ValueError, match=r'the dataloader returned a Tensor, where a tuple of inputs and targets is expected: let it return `\(x, y\)`'): run(learn, fit)
     sound(learn)
+
+# ---- gradients that are written by hand
+
+class Writes(Callback):
+    "Add to the gradients at `event`"
+    run_valid = False
+    def __init__(self, event, cancel=False): self.cancel = cancel; setattr(self, event, self.write)
+    def write(self):
+        for p in self.model.parameters(): p.grad = 0.1*p.detach() if p.grad is None else p.grad.add_(p.detach(), alpha=0.1)
+        if self.cancel: raise CancelBackwardException
+
+class Clears(Callback):
+    def after_loss(self):
+        if self.training: self.model.zero_grad()
+
+class InModel(nn.Sequential):
+    def forward(self, x):
+        if self.training: Writes.write(Self_(self))
+        return super().forward(x)
+
+class Self_: # what `Writes.write` looks at
+    cancel = False
+    def __init__(self, model): self.model = model
+
+class Replaces(Callback):
+    def before_backward(self): self.learn.loss_grad = self.loss_func(self.pred, self.y)**2
+
+class Backward(Learner):
+    def _backward(self): Writes.write(Self_(self.model))
+
+HOSTS = {**WAYS, 'sync':(BS*N_STEP, partial(MicroBatch, 3, sync_bn=True)), 'stats':(BS, partial(AccumulateStep, N_STEP, sync_bn='stats'))}
+del HOSTS['auto']
+def bn_net(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+def touched(way, cbs=(), model=None, **kwargs):
+    "What is said of gradients that are written"
+    bs,acc = HOSTS[way]
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        run(learner(N, bs, acc(), cbs=cbs, model=model or bn_net, **kwargs), Self.fit(1, 0.05))
+    return [str(w.message) for w in ws if '`.grad` was changed' in str(w.message)]
+
+@pytest.mark.parametrize('way', HOSTS)
+def test_gradients_by_hand(way):
+    "What is written between backward passes is not the large batch's, and is warned of once; in `before_step` it is"
+    for cb in (Writes('after_backward'),Writes('before_backward'),Writes('before_backward', cancel=True),Clears()):
+        if way!='sync' or not isinstance(cb, Clears): assert len(touched(way, [cb]))==1, cb # there, no gradient is there to be cleared
+    assert len(touched(way, model=lambda: InModel(*net())))==1
+    assert touched(way)==touched(way, [Writes('before_step')])==[]
+
+class CancelLast(Callback):
+    run_valid = False
+    def before_backward(self):
+        host = self.micro_batch
+        if host.win.last: raise CancelBackwardException
+
+def test_deferred_backward_is_no_hand(): assert touched('sync', [CancelLast()])==[]
+
+@pytest.mark.parametrize('way', WAYS)
+def test_written_before_the_step(way): same(*pair(way, lambda: [Writes('before_step')]))
+
+def test_one_micro_batch_by_hand():
+    "A window of one is the batch, whatever writes to its gradients"
+    for way in ('acc','micro'):
+        bs,acc = {'acc':(BS, partial(AccumulateStep, 1)), 'micro':(BS, partial(MicroBatch, BS))}[way]
+        ls = [run(learner(N, BS, c, cbs=Writes('after_backward')), fit) for c in (None,acc())]
+        same(*ls)
+
+@pytest.mark.parametrize('way', HOSTS)
+def test_backward_without_the_loss(way):
+    "A backward pass that does not differentiate what was weighed is refused, and leaves the learner as it was"
+    bs,acc = HOSTS[way]
+    learn = learner(N, bs, acc(), cbs=Replaces())
+    if way!='sync':
+        with pytest.raises(ValueError, match='does not differentiate `learn.loss_grad`'): learn.fit(1)
+        sound(learn)
+    learn = learner(N, bs, model=bn_net)
+    learn.__class__ = Backward
+    learn.add_cb(acc())
+    with pytest.raises(ValueError, match='does not differentiate `learn.loss_grad`'): learn.fit(1)
+    sound(learn)
+
+def test_gradients_by_hand_in_a_loop():
+    for write in (False,True):
+        m = net()
+        acc = Accumulator(m, torch.optim.SGD(m.parameters(), lr=0.1), nn.CrossEntropyLoss(), n_step=2)
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            for _ in range(4):
+                acc.backward(m(torch.randn(4, 6)), torch.tensor([0,1,2,0]))
+                if write and m[0].weight.grad is not None: m[0].weight.grad += 1
+        assert [('`.grad` was changed' in str(w.message)) for w in ws]==[True]*write
