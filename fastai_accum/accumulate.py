@@ -66,14 +66,16 @@ class AccumulateStep(Host):
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
-        sync_bn:bool|str=False # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
+        sync_bn:bool|str=False, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
+        sync_loss:bool=False # A loss that sees the whole batch is to be had of `MicroBatch` only
     ):
         self.unit = check_args(n_step, n_samples, normalize, leftover)
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (False,'stats'))
+        if sync_loss: raise ValueError(f"`sync_loss`={sync_loss!r}: micro-batches that come one by one can't have one loss; use `MicroBatch(sync_loss=True)` with a loader of whole batches")
         store_attr()
-        self.moments,self.mixed = Moments(),WarnMixed()
+        self.moments,self.mixed = Moments(),WarnMixed(cure='. `MicroBatch(sync_loss=True)`, with a loader of whole batches, computes one loss for all')
 
     def before_fit(self):
         super().before_fit()
@@ -142,6 +144,7 @@ class TrainPart:
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
         self.ends = ends(learn.model.parameters())
         self.metrics = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
+        self.low = [] # parameters in bfloat16 and float16
 
     @staticmethod
     def _outside(learn):
@@ -219,7 +222,7 @@ def _open(self:AccumulateStep, learn, i, bs):
     size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
-    self.win = Window(size, self._reduction(learn), n*unit)
+    self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low)
     self.win.watch(self.part.ends)
 
 @patch
@@ -276,6 +279,7 @@ def _drop(self:AccumulateStep, learn):
     "Forget an open window and its gradients"
     self.moments.drop()
     if self.win is None: return
+    self.win.drop()
     self.win = None
     getattr(learn.opt, 'real_zero_grad', learn.opt.zero_grad)()
     for m in (learn.model,*loss_modules(learn.loss_func)): m.zero_grad(set_to_none=False)
@@ -289,6 +293,7 @@ def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
     self._check(learn)
     part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch))
+    part.low = low_precision(self._params(learn))
     if self.leftover=='drop' and part.n_win is not None: part.n_drop = part.n_win*self._n_micro(learn.dl)
     if part.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = part.n_win
     try:
