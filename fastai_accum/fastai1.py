@@ -195,7 +195,8 @@ class InsideLast(Callback):
         return o.weighed(loss)
 
 @patch
-def epoch_begins(self:Inside): self.params = None
+def epoch_begins(self:Inside):
+    if self.win is None: self.params = None # a callback may have put in another model
 @patch
 def batch_begins(self:Inside, **kwargs): pass
 @patch
@@ -388,7 +389,8 @@ class WindowLoader:
 
 @patch
 def epoch_begins(self:Windows):
-    self.params,data = None,self.learn.data
+    Inside.epoch_begins(self)
+    data = self.learn.data
     self.dl = data.train_dl = WindowLoader(self, data.train_dl)
 
 @patch
