@@ -144,6 +144,7 @@ class TrainPart:
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
         self.ends = ends(learn.model.parameters())
         self.metrics = learn.metrics if hasattr(learn, 'recorder') and learn.recorder.train_metrics else []
+        self.low = [] # parameters in bfloat16 and float16
 
     @staticmethod
     def _outside(learn):
@@ -221,7 +222,7 @@ def _open(self:AccumulateStep, learn, i, bs):
     size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
-    self.win = Window(size, self._reduction(learn), n*unit, reducer=self.part.reducer)
+    self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low, reducer=self.part.reducer)
     self.win.watch(self.part.ends)
 
 @patch
@@ -292,6 +293,7 @@ def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
     reducer = self._check(learn)
     part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch), reducer)
+    part.low = low_precision(self._params(learn))
     if self.leftover=='drop' and part.n_win is not None: part.n_drop = part.n_win*self._n_micro(learn.dl)
     if part.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = part.n_win
     try:

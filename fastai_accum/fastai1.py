@@ -89,7 +89,7 @@ class AccumulateStep(LearnerCallback):
         size,unit = window_size(self.unit, getattr(self, self.unit), (epoch + i/self.n_dl)/self.n_epochs),1 if self.unit=='n_step' else bs
         n = math.ceil(size/unit) # micro-batches
         if self.leftover!='carry' and i<self.n_dl: n = min(n, self.n_dl-i)
-        self.win = Window(size, self.reduction, n*unit)
+        self.win = Window(size, self.reduction, n*unit, low=low_precision(self.learn.model.parameters()))
         self.win.watch(ends(self.learn.model.parameters()))
 
     def _close(self):
@@ -107,6 +107,7 @@ class AccumulateStep(LearnerCallback):
     def _drop(self):
         "Forget an open window and its gradients"
         if self.win is None: return
+        self.win.drop()
         self.win = None
         getattr(self.learn.opt, 'real_zero_grad', self.learn.opt.zero_grad)()
 

@@ -113,6 +113,7 @@ def _check(self:Accumulator):
         if getattr(self, k) is not None: check_size(k, getattr(self, k), '; `acc.resize` changes it as training goes on')
     check_choice('unsharded', self.unsharded, ('grads','all',None))
     if not callable(self.normalize): check_choice('normalize', self.normalize, ('auto','samples','none'), ' or a function `(pred, *targs) -> denominator`')
+    check_no_graphs(self.model)
     self._check_processes()
     self.mixed = WarnMixed()
     if self.normalize=='auto' and loss_reduction(self.loss_func)=='mean' and (why := mixed_denominators(self.loss_func)): self.mixed.warn(self.loss_func, why)
@@ -172,8 +173,8 @@ def _add(self:Accumulator, loss, pred, targs, n):
 # %% ../nbs/11_loop.ipynb #27408869
 @patch
 def _open(self:Accumulator):
-    self._zero()
-    self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None, reducer=self.reducer)
+    low = low_precision(self._zero())
+    self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None, low=low, reducer=self.reducer)
     self.win.watch(ends(self.model.parameters()))
 
 @patch
@@ -201,8 +202,11 @@ def _params(self:Accumulator): return {*self.model.parameters(), *loss_params(se
 
 @patch
 def _zero(self:Accumulator):
+    "No parameter has a gradient; all of them"
     self.opt.zero_grad()
-    for p in self._params()-self._opt_params(): p.grad = None
+    params = self._params()
+    for p in params-self._opt_params(): p.grad = None
+    return params
 
 @patch
 @contextmanager

@@ -25,8 +25,19 @@ from .batchnorm import *
 _cancels = CancelTrainException,CancelEpochException,CancelFitException
 _inner = 'after_pred','after_loss','before_backward','after_backward','after_cancel_backward'
 
+class _NotKept: "Stands for the outputs of a batch that nobody was to read"
+
 class MicroBatchMethods(HostMethods):
     "What a learner does differently with `MicroBatch`"
+    @property
+    def pred(self):
+        if 'pred' not in vars(self): raise AttributeError('pred')
+        if (res := vars(self)['pred']) is not _NotKept: return res
+        raise RuntimeError("`learn.pred` is read after the micro-batches of a batch, whose outputs were not kept, as no callback or metric was known to do so: pass "
+                           "`MicroBatch(..., preds=True)`, or read it in `after_pred` or `after_loss`, which come for each micro-batch")
+    @pred.setter
+    def pred(self, pred): vars(self)['pred'] = pred
+
     def all_batches(self):
         try: own_class(type(self)).all_batches(self)
         except BaseException as e:
@@ -59,9 +70,9 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), reducer=None)
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
-    reducer = None # how gradients of several processes come together
+    low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
     depth,kept = 0,True # autocasts around the current batch; may there be gradients that are not of it
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -70,6 +81,7 @@ class MicroBatch(Host):
         sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
         offload:str|None='cpu', # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
         valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
+        preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
         pool:bool=False, # With several processes, is a step the mean over what counts in all of them? False: the mean of their means, as without the callback
         unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a batch: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
@@ -79,6 +91,7 @@ class MicroBatch(Host):
         check_choice('offload', offload, ('cpu',None))
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
+        check_choice('preds', preds, (None,False,True))
         check_choice('pool', pool, (False,True))
         check_choice('unsharded', unsharded, ('grads','all',None))
         store_attr()
@@ -108,12 +121,18 @@ class MicroBatch(Host):
     def forget(self, learn):
         if self.threads is not None: self.threads.end()
 
+    def _leave(self, learn):
+        super()._leave(learn)
+        if vars(learn).get('pred') is _NotKept: learn.pred = None
+
     def before_train(self):
         check_trainable(self.learn)
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         self.reducer = reducer_of(self.model, self.unsharded)
         self._check_processes()
+        one = self._sharded() or self.sync_bn is True and batch_norms(self.model) # the model adds up gradients by itself, or there is one backward pass
+        self.low = () if one else low_precision(self._params(self.learn))
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
     def after_train(self): self.mixed.look(self.learn.loss_func)
@@ -169,9 +188,11 @@ def _fit_in(self:MicroBatch, learn, one):
     "Compute a batch in micro-batches that fit in memory"
     xb,yb,n = learn.xb,learn.yb,n_samples(learn.xb, learn.yb)
     if not self.auto: return self._attempt(learn, one, xb, yb, n, min(self.bs, n))
-    train,kind,undo = learn.training,0 if self._ddp else size_kind(xb, n),Undo(self._mods(learn), (xb,yb)) # one kind for all if processes have to agree
+    train,kind = learn.training,0 if self._ddp else size_kind(xb, n) # one kind for all if processes have to agree
+    undo,undo_notes = Undo(self._mods(learn), (xb,yb)),UndoNotes(self._mods(learn))
     while not self._attempt(learn, one, xb, yb, n, bs := min(self.sizes.limit(train, kind) or n, n)):
-        undo()
+        undo_notes()
+        undo() # and give memory back
         half = self.sizes.halve(train, kind, bs)
         if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {half}")
     if train: self.bs = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
@@ -210,16 +231,22 @@ def _unreduced(self:MicroBatch): return self.reducer.unreduced() if self.reducer
 @patch
 def _explain(self:MicroBatch, e, oom, n, bs):
     "Say in the error `e` of `bs` samples at once what to do, if no smaller number will be tried"
-    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}",)
+    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}{self._beside(bs, n)}",)
     if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n:
         e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)
 
 def _let_go(d):
-    "Detach tensors in dict `d` from their graph"
+    "Detach tensors in dict `d` from their graph; parameters have none, and stay"
+    def graph(o): return isinstance(o, Tensor) and o.grad_fn is not None
     for k,v in d.items():
-        if isinstance(v, Tensor) or isinstance(v, (list,tuple)) and any(isinstance(t, Tensor) for t in v): d[k] = nested(_detach, v)
+        if graph(v) or isinstance(v, (list,tuple)) and any(map(graph, v)): d[k] = nested(lambda t: t.detach() if graph(t) else t, v)
 
 def _detach(o): return o.detach() if isinstance(o, Tensor) and o.requires_grad else o
+
+@patch
+def _beside(self:MicroBatch, bs, n):
+    readers = ['`preds`=True'] if self.preds else self._readers()
+    return f". The outputs of all {n} are kept for {', '.join(map(str, readers))}" if readers and bs<n else ''
 
 @patch
 def _advice(self:MicroBatch, bs):
@@ -230,10 +257,10 @@ def _advice(self:MicroBatch, bs):
 class Passes:
     "The micro-batches of a batch, while their forward and backward passes run"
     def __init__(self, learn, parts, ns, win, depth):
-        self.learn,self.parts,self.ns,self.win,self.depth = learn,parts,ns,win,depth
+        self.learn,self.parts,self.ns,self.win,self.depth,self.outputs = learn,parts,ns,win,depth,None # what the model returned, if somebody is to read it
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *_inner),Sliced(),None,[]
         self.watched,self.c = False,None # in validation: is the loss computed with a graph; what it showed
-        self.all_counted,self.preds,self.seen,self.hidden = True,[],[],[] # what the model returned; losses with what they divide by; hidden states
+        self.all_counted,self.seen,self.hidden = True,[],[] # losses with what they divide by; hidden states
         self.versions = [self._version(yb) for _,yb in parts]
 
     @staticmethod
@@ -292,13 +319,19 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     reduction = self._reduction(learn)
     known = not self.pool and learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
-    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', reducer=self.reducer if learn.training else None, local=not self.pool)
+    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low, reducer=self.reducer if learn.training else None, local=not self.pool)
     if learn.training: self.win.watch(self.ends)
     passes = Passes(learn, parts, ns, self.win, self.depth)
+    if len(ns)==1 or self.preds or self._readers(): passes.outputs = Outputs(ns)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
     return passes
+
+@patch
+def _readers(self:MicroBatch):
+    "Callbacks that may read the outputs of the whole batch"
+    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, self.preds is None)]
 
 @patch
 def _micro(self:MicroBatch, learn, one, passes, i, outs):
@@ -307,6 +340,7 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     passes.sliced.take(i)
     if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
     last = win.begin(passes.ns[i], i+1==len(passes.parts))
+    if self.reducer and last and not (self.wait or self.pool): win.before_reduction()
     if self.reducer: self.reducer.sync(last and not self.wait)
     self.moments.micro()
     try:
@@ -316,12 +350,13 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
         raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
                          "use `AccumulateStep`")
     passes.note(learn, None if learn.training else self.normalize)
+    learn.pred = _NotKept # the next micro-batch has the memory
 
 @patch
 def note(self:Passes, learn, normalize):
     "Keep what micro-batches came to; in validation, their losses weigh what `normalize` says"
     win,yb = self.win,learn.yb
-    self.preds.append(nested(_detach, learn.pred))
+    if self.outputs is not None: self.outputs.add(nested(_detach, learn.pred))
     self.hidden.append([m.hidden for m in self.states])
     if not len(yb): return
     if not learn.training: c = loss_count(learn.loss_func, learn.pred, yb, learn.xb, normalize, learn=learn) if self.c is None else self.c
@@ -365,7 +400,8 @@ def _join_all(self:MicroBatch, learn, passes):
     "Let prediction and loss be those of the batch, and give gradients their scale"
     win,seen = self.win,passes.seen
     gathers = not learn.training and any(isinstance(cb, GatherPredsCallback) for cb in learn.cbs)
-    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
+    if passes.outputs is not None: learn.pred = passes.outputs.joined(lists=not gathers, varied=self.varied)
+    learn.loss_grad = None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training:
@@ -379,7 +415,7 @@ def _joined_loss(learn, win, seen):
     "The loss of a batch, of which `seen` has the losses of micro-batches and what they divide by"
     if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): return torch.cat([l for l,_ in seen])
     if win.pooled: return win.mean_loss
-    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
+    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill((win.total==0).to(seen[0][0].device), 0)
     if not win.count: # in validation, or if no backward pass was made
         for l,c in seen: win.add(l, c)
     return win.mean_loss if learn.training or win.reduction=='none' else win.loss/win.denom # nan if nothing counts, as without the callback
@@ -456,7 +492,7 @@ def _norms(self:MicroBatch, passes):
             else: # it prepares itself for a backward pass in its forward pass
                 first = inner.forward
                 self.reducer.sync(not self.wait)
-                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = model(*learn.xb)
+                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = list(model(*learn.xb))
             yield [partial(forward.answer, i) for i in range(len(xs))]
 
 # %% ../nbs/10_microbatch.ipynb #8f77ccc9

@@ -1236,6 +1236,43 @@ def test_offload_sees_changes(hosts):
     (used.sum()+sum(xs).sum()).backward()
     assert torch.equal(w.grad, torch.arange(50., dtype=f64)+1+sum(range(20)))
 
+def test_offload_comes_back_once(monkeypatch, hosts):
+    "What two operations have saved goes out once and comes back once, and nothing is held on the device after the last has asked"
+    went,came = [],[]
+    class Counted(batchnorm.Away):
+        def __init__(self, t): super().__init__(t); went.append(self)
+        def back(self):
+            held = self.here
+            res = super().back()
+            if held is None: came.append(self)
+            return res
+    monkeypatch.setattr(batchnorm, 'Away', Counted)
+    model = resnet18(num_classes=3).double()
+    with jointly(model, [(o,) for o in torch.randn(6, 3, 32, 32, dtype=f64).split(2)], 'cpu') as forward: sum(o.square().sum() for o in forward()).backward()
+    (packed,copied), = hosts.logs
+    assert len(went)==len(copied)<len(packed) and len(came)==len(set(map(id, came)))<=len(went)
+    assert all(o.here is None for o in went) and sum(o.n for o in went)==0
+
+def test_offload_twice(hosts):
+    "A second backward pass gets it again"
+    w,off = torch.ones(3, dtype=f64, requires_grad=True),Host()
+    with off():
+        x = torch.arange(3., dtype=f64)
+        y = (w*x + w*w*x).sum()
+    a,b = (torch.autograd.grad(y, w, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(a, 3*x)
+
+def test_offload_that_does_not_fit(monkeypatch, hosts):
+    "The host's memory is looked at before it is full, in the first batch"
+    monkeypatch.setattr(batchnorm, 'host_memory', lambda: 2**14)
+    small = one(exact())
+    with pytest.raises(RuntimeError, match="`offload`='cpu'.*smaller batch, or `offload`=None"): run(small, fit)
+    clean(small)
+    run(one(exact(offload=None)), fit)
+    monkeypatch.undo()
+    assert Offload().stays(types.SimpleNamespace(device=torch.device('mps')))
+    assert 2**28 < batchnorm.host_memory() < 2**50
+
 class Saved:
     def __init__(self, t): self.t = t.detach() # an output that is saved as it is would keep itself alive
 class Watched(nn.Module):

@@ -29,6 +29,7 @@ def split(xb, yb, bs): return [(tuple(x[i:i+bs] for x in xb),tuple(y[i:i+bs] for
 def counted(learn): return W[learn.y].sum()
 def norm(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
 def whole(m, **kw): fully_shard(m, **kw)
+def ddp(m): return nn.parallel.DistributedDataParallel(m)
 def nested(m, **kw):
     "Each layer with parameters is gathered by itself"
     for o in m:
@@ -95,7 +96,7 @@ class FullTrace(Callback):
     def after_batch(self):
         if self.training: self.losses.append(float(self.loss.detach()))
 
-def case(acc=STEP, opt='sgd', loss=nn.CrossEntropyLoss, shard=nested, model=net, n=N, ignore=(0.3,0.6), cbs=list, hides=(), n_epoch=2, size=BS*N_STEP, dtype=torch.float64, loop=None, dies=None, large=None, carry=False):
+def case(acc=STEP, opt='sgd', loss=nn.CrossEntropyLoss, shard=nested, model=net, n=N, ignore=(0.3,0.6), cbs=list, hides=(), n_epoch=2, size=BS*N_STEP, dtype=torch.float64, loop=None, dies=None, beside=False, large=None, carry=False):
     "`hides`: the samples of a process that a callback leaves out; `size`: those that make a step"
     return SimpleNamespace(**locals())
 def micro(acc=SPLIT, **kw): return case(acc, **kw)
@@ -117,10 +118,14 @@ def make(c, bs, acc, d, cbs=()):
 
 # what each of the processes does
 def work(c):
+    if c.beside: return trained(c),trained(SimpleNamespace(**{**vars(c), 'acc':partial(MicroBatch, BS*N_STEP, pool=False)}))
+    return trained(c)
+
+def trained(c):
     rank,micro_host = torch.distributed.get_rank(),isinstance(c.acc(), MicroBatch)
     rank = rank//2 if c.shard is both else rank # two of them have the same samples
     learn = make(c, BS*N_STEP if micro_host else BS, c.acc(), data(c, rank), c.cbs())
-    c.shard(learn.model)
+    learn.model = c.shard(learn.model) or learn.model
     err = None
     with Comm() as comm:
         try:
@@ -189,14 +194,18 @@ SAME = {**{opt:case(opt=opt) for opt in OPTS},
         'last backward cancelled':(('before_backward', CancelBackwardException, 3),dict(hides=range(12, 16))),
         'cut short':(('after_backward', CancelFitException, 9),dict(n=40, n_epoch=1)),
     }.items()},
+    **{f'micro ddp {k}':micro(shard=ddp, **kw) for k,kw in {'':{}, 'normalize':dict(acc=partial(SPLIT, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'constant':dict(loss=positives),
+        'cancelled':dict(cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16))}.items()},
+    'micro cancelled':micro(cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16)),
     'micro':micro(), 'micro adam':micro(opt='adam', cbs=clip), 'micro all':micro(partial(SPLIT, unsharded='all')), 'micro None':micro(partial(SPLIT, unsharded=None)),
     'micro normalize':micro(partial(SPLIT, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'micro own':micro(loss=Own), 'micro split':micro(partial(SPLIT, split=split)), 'micro constant':micro(loss=positives),
     'loop':case(loop=loop), 'loop adamw':case(loop=loop, opt='adamw'), 'loop n_samples':case(loop=partial(loop, n_step=None, n_samples=16)), 'loop None':case(loop=partial(loop, unsharded=None)),
 }
-LOCAL = {'ignored targets':micro(partial(MicroBatch, MICRO)), 'ignored targets, None':micro(partial(MicroBatch, MICRO, unsharded=None)),
-    'normalize':micro(partial(MicroBatch, MICRO, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'own':micro(partial(MicroBatch, MICRO), loss=Own), 'unknown':micro(partial(MicroBatch, MICRO), loss=Unknown),
-    'split':micro(partial(MicroBatch, MICRO, split=split)), 'samples':micro(partial(MicroBatch, MICRO, normalize='samples', unsharded=None), loss=Unknown),
-    'sums':micro(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'last backward cancelled':micro(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3))}
+def local(acc, **kw): return micro(acc, beside=True, **kw)
+LOCAL = {'ignored targets':local(partial(MicroBatch, MICRO)), 'ignored targets, None':local(partial(MicroBatch, MICRO, unsharded=None)),
+    'normalize':local(partial(MicroBatch, MICRO, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'own':local(partial(MicroBatch, MICRO), loss=Own), 'unknown':local(partial(MicroBatch, MICRO), loss=Unknown),
+    'split':local(partial(MicroBatch, MICRO, split=split)), 'samples':local(partial(MicroBatch, MICRO, normalize='samples', unsharded=None), loss=Unknown),
+    'sums':local(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'last backward cancelled':local(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3), loss=partial(nn.CrossEntropyLoss, W))}
 def late(**kw): return micro(partial(MicroBatch, MICRO, unsharded=None, **kw.pop('acc', {})), **kw)
 REFUSED = {
     'normalize':(late(acc=dict(normalize=counted)),'before it is known what'), 'denominator':(late(loss=Own),'before it is known what'), 'unknown':(late(loss=Unknown),'before it is known what'), 'split':(late(acc=dict(split=split)),'before it is known what'),
@@ -205,7 +214,6 @@ REFUSED = {
     'tensor parallel':(case(shard=tensor_parallel),'the model is a Sequential in one of several processes'), 'tensor parallel loop':(case(shard=tensor_parallel, loop=loop),'whose gradients nothing averages')}
 MIXED = {'mixed':case(shard=mixed, dtype=torch.float32), 'mixed None':case(UNSHARDED['None unsharded'], shard=mixed, dtype=torch.float32), 'mixed plain':case(partial(MicroBatch, BS*N_STEP), shard=mixed, dtype=torch.float32)}
 STATS = {'stats':micro(partial(MicroBatch, MICRO, sync_bn='stats'), model=norm)}
-def plain_of(c): return case(None, **{k:v for k,v in vars(c).items() if k not in ('acc','cbs')})
 CASES = {**SAME, **{f'local: {k}':c for k,c in LOCAL.items()}, **{f'refused: {k}':c for k,(c,_) in REFUSED.items()}, **MIXED, **STATS}
 FOUR = {'four':case(), 'four micro':micro(), 'hybrid':case(shard=hybrid, opt='adam', cbs=clip), 'hybrid None':case(UNSHARDED['None unsharded'], shard=hybrid), 'with tensor parallel':case(shard=both)}
 
@@ -235,8 +243,26 @@ def check_same(c, res, tol=1e-12):
         if not c.hides and not isinstance(c.loss, partial): assert rel(losses, r['losses'])<tol
 
 @pytest.mark.parametrize('name', SAME)
-def test_same_run(name, two): check_same(CASES[name], two(name))
+def test_same_run(name, two):
+    "Weights and optimizer state after each step, and losses, are those of one process with the whole batch"
+    check_same(CASES[name], two(name))
+
+@pytest.mark.parametrize('name', LOCAL)
+def test_local(name, two):
+    "Without `pool`, a batch in parts is the sharded model's whole batch in each process"
+    for a,b in two(f'local: {name}'):
+        assert isinstance(a, dict), a
+        assert len(a['steps'])==len(b['steps'])>0 and rel(b['losses'], a['losses'])<1e-12
+        for (w,s),(v,t) in zip(a['steps'], b['steps']): assert rel(v, w)<1e-12 and rel(t, s)<1e-12
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused(name, two):
+    for r in two(f'refused: {name}'): assert isinstance(r, str) and re.search(REFUSED[name][1], r), r
+
+def test_running_statistics(two):
+    "The cure for exact BatchNorm trains, each micro-batch normalized by itself"
+    for r in two('stats'): assert isinstance(r, dict) and len(r['steps'])==10
 
 if __name__=='__main__':
     gc.freeze()
-    work_on(CASES, work)
+    work_on(CASES if int(os.environ['WORLD_SIZE'])==WORLD else FOUR, work)
