@@ -319,7 +319,7 @@ def _check(self:AccumulateStep, learn):
     "A `ValueError` if the model can't wait for a window's last micro-batch, or has nothing to train; else what reduces its gradients"
     check_trainable(learn)
     reducer = reducer_of(learn.model, self.unsharded)
-    check_reducer(reducer, learn.model)
+    check_reducer(reducer, learn.model, learn.opt.all_params().itemgot(0))
     if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
     return reducer
 

@@ -124,7 +124,7 @@ def _check_processes(self:Accumulator):
     self.reducer = reducer_of(self.model, self.unsharded) # how their gradients come together
     if several_processes() and self.reducer is None:
         raise ValueError(f"`model` is a {type(self.model).__name__} in one of several processes, whose gradients nothing averages: pass a `DistributedDataParallel`, or a model after `fully_shard`, and compile what is inside it")
-    check_reducer(self.reducer, self.model)
+    check_reducer(self.reducer, self.model, self._opt_params())
     if several_processes() and any(p.requires_grad for p in {*loss_params(self.loss_func)}-{*self.model.parameters()}):
         raise ValueError(f"`loss_func`={self.loss_func} has parameters of its own in one of several processes: make them part of the model, so that their gradients are averaged too")
 

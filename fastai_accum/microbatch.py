@@ -526,10 +526,9 @@ def _check_sharded(self:MicroBatch, kind):
 @patch
 def _check_processes(self:MicroBatch):
     "A `ValueError` if processes can't compute their batches in micro-batches together"
-    if self.pool: check_reducer(self.reducer, self.model)
+    if self.pool or self.reducer: check_reducer(self.reducer, self.model, self.learn.opt.all_params().itemgot(0))
     if self.pool and self.auto and several_processes():
         raise ValueError("`pool`=True and `bs`='auto' in one of several processes: they sum what counts before it is known whether the batch fits in all of them. Pass a number that fits")
-    if self.reducer and (why := self.reducer.problem()): raise ValueError(f"the model is a {type(self.model).__name__}, and {why}")
     if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
 
 @patch

@@ -70,7 +70,9 @@ class Reducer:
     def drop(self):
         "Forget the gradients of the open window that are not reduced"
 
-    def problem(self):
+    def problem(self,
+        params=() # Those of the optimizer
+    ):
         "Why the model can't be trained in windows, None if it can"
 
     def __reduce__(self): return type(None),() # a copy of a window is of no process
@@ -169,12 +171,14 @@ class ShardedReducer(Reducer):
         "Let `model.parameters()` be those that the optimizer has: after validation, some are whole"
         for m in self.mods: m.reshard()
 
-    def problem(self):
+    def problem(self, params=()):
         if len(self.meshes)>1 or len({u.gradient_divide_factor for u in self.units})>1:
             return "its parts are sharded over several meshes, or divide gradients by different numbers, so that no one sum of denominators is right: shard all of it alike"
         ps = {u.sharded_param for m in self.units for u in m.fsdp_params}
         if (k := next((k for k,p in self.model.named_parameters() if p.requires_grad and p not in ps), None)) is not None:
             return f"`{k}` is not sharded, so nothing averages its gradient over processes: shard it too, or freeze it"
+        if {getattr(p, '_unsharded_param', None) for u in self.units for p in u.fsdp_params}.intersection(params):
+            return "the optimizer was made while some of its parameters were whole, as after validation, and would change a copy: call `reshard()` of the model, and make the optimizer anew"
 
 # %% ../nbs/15_processes.ipynb #f5d90010
 def reducer_of(
@@ -187,10 +191,11 @@ def reducer_of(
 
 def check_reducer(
     reducer, # What `reducer_of` returned
-    model # A module
+    model, # A module
+    params=() # Those of the optimizer
 ):
     "A `ValueError` if gradients of `model` can't come together at the end of a window"
     if reducer is None and several_processes():
         raise ValueError(f"the model is a {type(model).__name__} in one of several processes: only `DistributedDataParallel`, as `learn.distrib_ctx()` makes it, and "
                          "`torch.distributed.fsdp.fully_shard` can wait for a window's last micro-batch; compile or wrap what is inside it")
-    if reducer is not None and (why := reducer.problem()): raise ValueError(f"the model is a {type(model).__name__}, and {why}")
+    if reducer is not None and (why := reducer.problem(params)): raise ValueError(f"the model is a {type(model).__name__}, and {why}")
