@@ -27,7 +27,6 @@ def work_on(cases, work):
         print(name, flush=True)
         torch.save(work(c), path/f'{i}.{rank}.part')
         (path/f'{i}.{rank}.part').rename(path/f'{i}.{rank}')
-    print(os.times(), flush=True) #DEBUG
     torch.distributed.destroy_process_group()
 
 def start(file, rank, path, n):

@@ -152,7 +152,6 @@ def trained(c):
                 run(learn, lambda l: l.fit(c.n_epoch, 0.05))
                 n_steps,losses,end = learn.count.steps,learn.count.losses,final(learn.model, learn.opt)
         except ValueError as e: return str(e)
-        except Exception as e: import traceback; return traceback.format_exc() #DEBUG
     return dict(steps=n_steps, losses=losses, end=end, n=comm.n, held=learn.held.dtypes if hasattr(learn, 'held') else None)
 
 def broken(learn, at):
@@ -235,7 +234,6 @@ STATS = {'stats':micro(partial(MicroBatch, MICRO, sync_bn='stats'), model=norm)}
 CASES = {**SAME, **{f'local: {k}':c for k,c in LOCAL.items()}, **{f'refused: {k}':c for k,(c,_) in REFUSED.items()}, **MIXED, **STATS}
 FOUR = {'four':case(), 'hybrid':case(shard=hybrid, opt='adam', cbs=clip), 'hybrid None':case(UNSHARDED['None unsharded'], shard=hybrid), 'with tensor parallel':case(shard=both)}
 
-if 'ONLY' in os.environ: CASES = SAME = {k:v for k,v in CASES.items() if k in os.environ['ONLY'].split(';')} #DEBUG
 
 def reference(c, world):
     "The same in one process, with the samples of all processes that make a step in one batch"
