@@ -79,6 +79,9 @@ class NoiseScale(Callback):
         if self.acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
             raise ValueError(f"{self} beside {self.acc}(sync_bn=True): all micro-batches have one backward pass, "
                              "so the first one's gradient can't be seen. Take `sync_bn='stats'`")
+        if getattr(self.acc, 'sync_loss', False):
+            raise ValueError(f"{self} beside {self.acc}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
+                             "if the loss is a mean over samples")
         self.rows,self.win = [],None
 
     def after_backward(self):
@@ -217,7 +220,7 @@ def _split_finer(acc, bs):
     "`acc`, or one that takes an eighth of a batch of `bs`, if all of that fits in a micro-batch of `acc`"
     if not bs or acc.bs!='auto' and acc.bs<bs: return _free(acc)
     eighth = max(math.ceil(bs/8), min(2, bs//2)) # of two samples, if that leaves two parts
-    return MicroBatch(eighth, acc.normalize, acc.split, acc.sync_bn, acc.offload)
+    return MicroBatch(eighth, acc.normalize, acc.split, acc.sync_bn, acc.offload, sync_loss=acc.sync_loss)
 
 def _accumulate_more(acc, bs, n_batches):
     "`acc`, or one with windows of eight batches, if there is none or its windows are of one batch"

@@ -545,9 +545,10 @@ def pool(self:Window,
 class WarnMixed:
     "Warns, once in a fit, of a loss whose micro-batches no one number weighs, and of gradients that are written by hand"
     def __init__(self,
-        large:str='the large batch' # What the run is to be that of
+        large:str='the large batch', # What the run is to be that of
+        cure:str='' # What to do about it
     ):
-        self.large = large
+        self.large,self.cure = large,cure
         self.begin()
 
     def begin(self):
@@ -558,7 +559,7 @@ class WarnMixed:
         loss_func, # The loss
         why:str="adds up parts that divide by different numbers, such as targets that count and samples" # What about it
     ):
-        if not self.told: warn(f"{loss_func} {why}: no one number weighs its micro-batches, and the run may not be quite {self.large}'s")
+        if not self.told: warn(f"{loss_func} {why}: no one number weighs its micro-batches, and the run may not be quite {self.large}'s{self.cure}")
         self.told = True
 
     def see(self,

@@ -24,6 +24,7 @@ class Unknown(nn.Module):
 
 def shows(pred, targ): return F.cross_entropy(pred, targ, weight=W) # only its graph tells what it divides by
 def positives(pred, targ): return F.cross_entropy(pred[targ>0], targ[targ>0]) if (targ>0).any() else pred.new_zeros(()) # a constant where it has nothing to divide
+def two_means(pred, targ): return F.cross_entropy(pred, targ, ignore_index=0)+pred.pow(2).mean() # no one number weighs it
 def split(xb, yb, bs): return [(tuple(x[i:i+bs] for x in xb),tuple(y[i:i+bs] for y in yb)) for i in range(0, len(xb[0]), bs)]
 def counted(learn): return W[learn.y].sum()
 def norm(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
@@ -219,6 +220,7 @@ def local(acc, **kw): return micro(acc, beside=True, **kw)
 LOCAL = {'ignored targets':local(partial(MicroBatch, MICRO)), 'ignored targets, None':local(partial(MicroBatch, MICRO, unsharded=None)),
     'normalize':local(partial(MicroBatch, MICRO, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'own':local(partial(MicroBatch, MICRO), loss=Own), 'unknown':local(partial(MicroBatch, MICRO), loss=Unknown),
     'split':local(partial(MicroBatch, MICRO, split=split)), 'samples':local(partial(MicroBatch, MICRO, normalize='samples', unsharded=None), loss=Unknown),
+    'sync_loss':local(partial(MicroBatch, MICRO, sync_loss=True), loss=two_means, ignore=(0,0)), 'sync_loss, None':local(partial(MicroBatch, MICRO, sync_loss=True, unsharded=None), loss=two_means, ignore=(0,0)),
     'sums':local(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'last backward cancelled':local(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16))}
 def late(**kw): return micro(partial(MicroBatch, MICRO, unsharded=None, **kw.pop('acc', {})), **kw)
 REFUSED = {
@@ -277,7 +279,7 @@ def test_refused(name, two):
 
 N_WIN,N_MICRO,UNITS = 3*2,10*2,2 # windows, micro-batches and units with parameters of a case with the defaults
 SENT = {'sgd':(N_WIN*UNITS,N_WIN), 'all unsharded':(N_WIN*UNITS,N_WIN), 'None unsharded':(N_MICRO*UNITS,2*N_WIN), 'last cancelled before forward':(N_WIN*UNITS,N_WIN), 'last backward cancelled':(N_WIN*UNITS,N_WIN+2),
-    'micro':(N_WIN*UNITS,N_WIN), 'micro None':(N_MICRO*UNITS,2*N_WIN), 'local: ignored targets':(N_WIN*UNITS,0), 'loop':(N_WIN*UNITS,N_WIN+3), 'loop n_samples':(N_WIN*UNITS,N_WIN+3), 'loop None':(N_MICRO*UNITS,2*N_WIN+3)} # the last `flush` is that of `with`
+    'micro':(N_WIN*UNITS,N_WIN), 'micro None':(N_MICRO*UNITS,2*N_WIN), 'local: ignored targets':(N_WIN*UNITS,0), 'local: sync_loss':(N_WIN*UNITS,0), 'loop':(N_WIN*UNITS,N_WIN+3), 'loop n_samples':(N_WIN*UNITS,N_WIN+3), 'loop None':(N_MICRO*UNITS,2*N_WIN+3)} # the last `flush` is that of `with`
 
 @pytest.mark.parametrize('name', SENT)
 def test_sent(name, two):
