@@ -10,8 +10,8 @@ from contextlib import nullcontext,suppress
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 from fastai.losses import FocalLoss
-from torch.nn.parallel import DistributedDataParallel
 from .losses import *
+from .processes import *
 from .window import *
 from .hosts import *
 from .retry import *
@@ -67,12 +67,14 @@ class AccumulateStep(Host):
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
         sync_bn:bool|str=False, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
-        sync_loss:bool=False # A loss that sees the whole batch is to be had of `MicroBatch` only
+        sync_loss:bool=False, # A loss that sees the whole batch is to be had of `MicroBatch` only
+        unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
         self.unit = check_args(n_step, n_samples, normalize, leftover)
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (False,'stats'))
+        check_choice('unsharded', unsharded, ('grads','all',None))
         if sync_loss: raise ValueError(f"`sync_loss`={sync_loss!r}: micro-batches that come one by one can't have one loss; use `MicroBatch(sync_loss=True)` with a loader of whole batches")
         store_attr()
         self.moments,self.mixed = Moments(),WarnMixed(cure='. `MicroBatch(sync_loss=True)`, with a loader of whole batches, computes one loss for all')
@@ -92,7 +94,7 @@ class AccumulateStep(Host):
         waiting = learn.opt if learn.opt is self.accum_opt else None # another fit may begin within a window
         if waiting is not None: learn.opt = waiting.wrapped
         try:
-            with nullcontext() if self.win is None else set_aside(learn.model), super().in_fit(learn): yield
+            with nullcontext() if self.win is None else set_aside(learn.model, self.win.unreduced()), super().in_fit(learn): yield
         finally:
             if waiting is not None and learn.opt is waiting.wrapped: learn.opt = waiting
             if self.win is not None: self.win.note()
@@ -135,11 +137,11 @@ def _missing(dl):
 # %% ../nbs/09_accumulate.ipynb #af565463
 class TrainPart:
     "The training part of an epoch, in windows"
-    def __init__(self, learn, n_win, at):
+    def __init__(self, learn, n_win, at, reducer):
         self.n_dl,self.n_win,self.i_win = len(learn.dl),n_win,0 # micro-batches; windows, None if unknown; windows so far
         self.at,self.early = at,False # the epoch, and how many there are; was the window closed because the loader's end was expected
         self.bs,self.n_drop = None,self.n_dl # samples of the first micro-batch; the first micro-batch that is dropped
-        self.ddp = isinstance(learn.model, DistributedDataParallel)
+        self.reducer = reducer # how gradients of several processes come together
         self.listeners = Listeners(learn, *micro_events)
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
         self.ends = ends(learn.model.parameters())
@@ -200,7 +202,7 @@ def _begin(self:AccumulateStep, learn, bs):
     last = self.win.begin(1 if self.unit=='n_step' else bs, i+1==part.n_dl and self._steps_leftover)
     part.early = last and self.win.seen<self.win.size
     if part.n_win: learn.iter,learn.n_iter = part.i_win,part.n_win
-    if part.ddp: learn.model.require_backward_grad_sync = last # what `no_sync` sets, forward and backward
+    if part.reducer: part.reducer.sync(last)
     return self.win
 
 @patch
@@ -222,15 +224,15 @@ def _open(self:AccumulateStep, learn, i, bs):
     size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
-    self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low)
+    self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low, reducer=self.part.reducer)
     self.win.watch(self.part.ends)
 
 @patch
 def weigh(self:AccumulateStep, learn):
     "The weighed loss; in the one backward pass that communicates, with its final scale"
     win,loss = self.win,Host.weigh(self, learn)
-    if loss is None or not (self.part.ddp and win.last): return loss
-    return loss*win.pool(learn.loss, learn.model, self._params(learn))
+    if loss is None or self.part.reducer is None or not self.part.reducer.reduces(win.last): return loss
+    return loss*win.pool(learn.loss, self._params(learn))
 
 @patch
 def _params(self:AccumulateStep, learn):
@@ -252,7 +254,7 @@ def _close(self:AccumulateStep, learn):
     self.check_differentiated(learn)
     self.accum_opt.open = False
     self.moments.flush()
-    some = self.win.close(partial(self._params, learn), learn.model if self.part.ddp else None)
+    some = self.win.close(partial(self._params, learn))
     self._put_back()
     self.mixed.see(self.win, learn.loss_func)
     if some: learn.loss = self.win.mean_loss
@@ -291,8 +293,8 @@ _cancels = CancelTrainException,CancelEpochException,CancelFitException
 @patch
 def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
-    self._check(learn)
-    part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch))
+    reducer = self._check(learn)
+    part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch), reducer)
     part.low = low_precision(self._params(learn))
     if self.leftover=='drop' and part.n_win is not None: part.n_drop = part.n_win*self._n_micro(learn.dl)
     if part.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = part.n_win
@@ -311,17 +313,17 @@ def _train(self:AccumulateStep, learn, all_batches):
     finally:
         if self.accum_opt is not None and learn.opt is self.accum_opt: learn.opt = self.accum_opt.wrapped
         if part.metrics: learn.recorder.train_metrics = True
-        if part.ddp: learn.model.require_backward_grad_sync = True
+        if reducer: reducer.sync(True)
         self.accum_opt = self.part = None
 
 @patch
 def _check(self:AccumulateStep, learn):
-    "A `ValueError` if the model can't wait for a window's last micro-batch, or has nothing to train"
+    "A `ValueError` if the model can't wait for a window's last micro-batch, or has nothing to train; else what reduces its gradients"
     check_trainable(learn)
-    if several_processes() and not isinstance(learn.model, DistributedDataParallel):
-        raise ValueError(f"the model is a {type(learn.model).__name__} in one of several processes: only `DistributedDataParallel`, as "
-                         "`learn.distrib_ctx()` makes it, can wait for a window's last micro-batch; compile or wrap what is inside it")
+    reducer = reducer_of(learn.model, self.unsharded)
+    check_reducer(reducer, learn.model, learn.opt.all_params().itemgot(0))
     if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
+    return reducer
 
 @patch(as_prop=True)
 def _steps_leftover(self:AccumulateStep): return self.leftover=='step' or self.leftover=='carry' and self.part.at[0]+1==self.part.at[1]

@@ -16,6 +16,7 @@ from functools import partial
 from warnings import warn
 from .losses import *
 from .window import *
+from .processes import several_processes
 from .patching import stand_in
 from .split import *
 from .lockstep import Lockstep

@@ -10,10 +10,10 @@ import math,torch
 from collections.abc import Callable
 from contextlib import contextmanager,nullcontext
 from fastcore.basics import patch,store_attr
-from torch import distributed,nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from warnings import warn
 from .losses import *
+from .processes import *
 from .window import *
 from .split import again,even_cuts,part
 
@@ -21,7 +21,7 @@ from .split import again,even_cuts,part
 class Accumulator:
     "Make one step from the gradients of several micro-batches, as if they had been one batch, in a PyTorch loop of your own"
     def __init__(self,
-        model:nn.Module, # The model; in several processes, a `DistributedDataParallel`
+        model:nn.Module, # The model; in several processes, a `DistributedDataParallel`, or one after `fully_shard`
         opt, # Its optimizer
         loss_func:Callable, # The loss: a module, or a function of what the model returned and of the targets
         n_step:int|None=None, # Micro-batches that make a step; with neither this nor `n_samples`, only `flush` makes one
@@ -29,12 +29,13 @@ class Accumulator:
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(pred, *targs) -> denominator`
         scaler=None, # A `torch.amp.GradScaler`, to scale losses and make the steps
         before_step:Callable|None=None, # Called before each step, when gradients are the large batch's: here they can be clipped
-        after_step:Callable|None=None # Called after each step, such as a schedule's `step`
+        after_step:Callable|None=None, # Called after each step, such as a schedule's `step`
+        unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
         store_attr()
         self._check()
         self.unit,self.size = ('n_step',n_step or math.inf) if n_samples is None else ('n_samples',n_samples)
-        self.ddp,self.win,self.expect,self.losses = isinstance(model, DistributedDataParallel),None,1,[]
+        self.win,self.expect,self.losses = None,1,[]
         self._prepare()
 
     def backward(self,
@@ -90,7 +91,7 @@ class Accumulator:
     def __exit__(self, kind, *_):
         try: self.flush() if kind is None else self.drop()
         finally:
-            if self.ddp: self.model.require_backward_grad_sync = True # what the model does next is no business of ours
+            if self.reducer: self.reducer.sync(True) # what the model does next is no business of ours
 
 # %% ../nbs/11_loop.ipynb #9146007d
 _split_cure = "pass tensors, or lists with an entry for each sample, in tuples, lists and dicts; or cut the batch yourself, as `acc.backward` takes any parts"
@@ -110,6 +111,7 @@ def _check(self:Accumulator):
         raise ValueError(f"`n_step`={self.n_step!r} and `n_samples`={self.n_samples!r}: pass only one of them")
     for k in ('n_step','n_samples'):
         if getattr(self, k) is not None: check_size(k, getattr(self, k), '; `acc.resize` changes it as training goes on')
+    check_choice('unsharded', self.unsharded, ('grads','all',None))
     if not callable(self.normalize): check_choice('normalize', self.normalize, ('auto','samples','none'), ' or a function `(pred, *targs) -> denominator`')
     check_no_graphs(self.model)
     self._check_processes()
@@ -119,10 +121,11 @@ def _check(self:Accumulator):
 @patch
 def _check_processes(self:Accumulator):
     "A `ValueError` if gradients would differ from process to process"
-    if not several_processes(): return
-    if not isinstance(self.model, DistributedDataParallel):
-        raise ValueError(f"`model` is a {type(self.model).__name__} in one of several processes, whose gradients nothing averages: pass a `DistributedDataParallel`, and compile what is inside it")
-    if any(p.requires_grad for p in {*loss_params(self.loss_func)}-{*self.model.parameters()}):
+    self.reducer = reducer_of(self.model, self.unsharded) # how their gradients come together
+    if several_processes() and self.reducer is None:
+        raise ValueError(f"`model` is a {type(self.model).__name__} in one of several processes, whose gradients nothing averages: pass a `DistributedDataParallel`, or a model after `fully_shard`, and compile what is inside it")
+    check_reducer(self.reducer, self.model, self._opt_params())
+    if several_processes() and any(p.requires_grad for p in {*loss_params(self.loss_func)}-{*self.model.parameters()}):
         raise ValueError(f"`loss_func`={self.loss_func} has parameters of its own in one of several processes: make them part of the model, so that their gradients are averaged too")
 
 # %% ../nbs/11_loop.ipynb #76cf4aa2
@@ -162,7 +165,7 @@ def _add(self:Accumulator, loss, pred, targs, n):
     weighed = self._weigh(loss, pred, targs, n)
     if weighed is None: win.cancel()
     else:
-        if last and self.ddp and self.model.require_backward_grad_sync: weighed = weighed*win.pool(loss, self.model, self._params())
+        if self.reducer and self.reducer.reduces(last): weighed = weighed*win.pool(loss, self._params())
         (weighed if self.scaler is None else self.scaler.scale(weighed)).backward()
         win.add(loss)
     if last: self._step()
@@ -171,7 +174,7 @@ def _add(self:Accumulator, loss, pred, targs, n):
 @patch
 def _open(self:Accumulator):
     low = low_precision(self._zero())
-    self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None, low=low)
+    self.win = Window(self.size, loss_reduction(self.loss_func, self.normalize), self.expect if self.size==math.inf else None, low=low, reducer=self.reducer)
     self.win.watch(ends(self.model.parameters()))
 
 @patch
@@ -179,7 +182,7 @@ def _step(self:Accumulator):
     "Close the window and step; its mean loss, None if no micro-batch had a gradient"
     win,self.win,s = self.win,None,self.scaler
     self.expect = max(1, win.begun) # of a window without size, the next is likely to have as many
-    some = win.close(self._params, self.model if self.ddp else None)
+    some = win.close(self._params)
     self.mixed.see(win, self.loss_func)
     if not some: return None
     if s is not None: s.unscale_(self.opt)
@@ -219,15 +222,14 @@ def _or_drop(self:Accumulator):
 @patch
 def _prepare(self:Accumulator):
     "Let the next forward pass be one of which gradients are reduced if it is known to be its window's last"
-    if not self.ddp: return
+    if not self.reducer: return
     seen,size = (0,self.size) if self.win is None else (self.win.seen,self.win.size)
-    self.model.require_backward_grad_sync = self.unit=='n_step' and seen+1>=size
+    self.reducer.sync(self.unit=='n_step' and seen+1>=size)
 
 @patch
 def _some_left(self:Accumulator):
     "Is there a window to step? If it is another process that has one, this one takes part with nothing"
-    if self.ddp:
-        left = torch.tensor(self.win is not None, dtype=torch.float32, device=next(self.model.parameters()).device)
-        distributed.all_reduce(left, distributed.ReduceOp.MAX, self.model.process_group)
+    if self.reducer:
+        left = self.reducer.sum(self.reducer.zeros(1)+(self.win is not None))
         if self.win is None and left.item(): self._open()
     return self.win is not None

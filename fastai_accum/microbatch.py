@@ -12,6 +12,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from torch.nn.parallel import DistributedDataParallel
 from .losses import *
+from .processes import *
 from .window import *
 from .patching import *
 from .hosts import *
@@ -70,9 +71,9 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None)
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
-    low = () # parameters in bfloat16 and float16
+    low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -82,7 +83,9 @@ class MicroBatch(Host):
         offload:str|None='cpu', # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
         valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
         preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
-        sync_loss:bool=False # The loss sees the whole batch, whatever it computes: it is computed once, from the outputs for all samples, and each micro-batch has a second forward pass
+        sync_loss:bool=False, # The loss sees the whole batch, whatever it computes: it is computed once, from the outputs for all samples, and each micro-batch has a second forward pass
+        pool:bool=False, # With several processes, is a step the mean over what counts in all of them? False: the mean of their means, as without the callback
+        unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a batch: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
         if bs!='auto': check_size('bs', bs, ", or 'auto'")
         check_normalize(normalize)
@@ -93,6 +96,9 @@ class MicroBatch(Host):
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
         check_choice('preds', preds, (None,False,True))
+        check_choice('pool', pool, (False,True))
+        if pool and sync_loss: raise ValueError("`pool`=True and `sync_loss`=True: each process has one loss, in which nothing is weighed. Leave out `pool`; the loss itself can gather the outputs of all processes")
+        check_choice('unsharded', unsharded, ('grads','all',None))
         store_attr()
         self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
@@ -109,7 +115,7 @@ class MicroBatch(Host):
     def in_fit(self, learn):
         outer = self.passes # another fit may begin within a batch
         try:
-            with set_aside(self._mods(learn)) if outer else nullcontext(), super().in_fit(learn): yield
+            with set_aside(self._mods(learn), self._unreduced()) if outer else nullcontext(), super().in_fit(learn): yield
         finally:
             if outer:
                 self.win = outer.win
@@ -128,7 +134,8 @@ class MicroBatch(Host):
         check_trainable(self.learn)
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
-        if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
+        self.reducer = reducer_of(self.model, self.unsharded)
+        self._check_processes()
         one = self._sharded() or self.sync_bn is True and batch_norms(self.model) # the model adds up gradients by itself, or there is one backward pass
         self.low = () if one else low_precision(self._params(self.learn))
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
@@ -209,7 +216,7 @@ def _attempt(self:MicroBatch, learn, one, xb, yb, n, bs):
             if oom: self._anywhere(True)
             raise
     if not (oom := self._anywhere(oom)):
-        if self.wait: reduce_grads(learn.model)
+        if self.wait: self.reducer.reduce()
         return True
     self._undo_grads(learn)
     learn.pred = learn.loss = learn.loss_grad = None # nothing is to hold on to the graph
@@ -222,6 +229,9 @@ def _undo_grads(self:MicroBatch, learn):
     if not learn.training: return
     if self.win is not None: self.win.drop()
     drop_grads(self._mods(learn))
+
+@patch
+def _unreduced(self:MicroBatch): return self.reducer.unreduced() if self.reducer else []
 
 @patch
 def _explain(self:MicroBatch, e, oom, n, bs):
@@ -286,7 +296,7 @@ class Passes:
 def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
     "Split a batch, run the passes of its micro-batches, and join what comes of them"
     passes = self.passes = self._split(learn, xb, yb, n, bs)
-    self.wait = self._ddp and learn.training and len(yb)>0 and self._wait()
+    self.wait = self.reducer is not None and not self.reducer.each and not self.pool and learn.training and len(yb)>0 and self._wait()
     but = None
     try:
         with self._norms(passes) as outs:
@@ -294,14 +304,14 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
             passes.backward_all()
             self.win.note()
         self.check_differentiated(learn)
-        if self._ddp and self.win.count and self.win.c is None: self.wait = True # the backward pass that communicates was cancelled
+        if self.reducer and not self.pool and self.win.count and self.win.c is None: self.wait = True # the backward pass that communicates was cancelled
     except CancelBatchException:
         but = learn # as prediction and loss are those of a micro-batch, so are the targets
         raise
     finally:
         self.win.cancel()
         passes.sliced.back(but)
-        if self._ddp: learn.model.require_backward_grad_sync = True
+        if self.reducer: self.reducer.sync(True)
         self.passes = None
     self._join_all(learn, passes)
 
@@ -313,8 +323,8 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     reduction = self._reduction(learn)
-    known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
-    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low)
+    known = not self.pool and learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
+    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low, reducer=self.reducer if learn.training else None, local=not self.pool)
     if learn.training: self.win.watch(self.ends)
     micro = [x for x,_ in parts],ns
     if self.sync_loss: parts,ns,bs = [(xb,self._whole_targets(yb, parts, ns))],[n],n # for all but the model, it is one
@@ -338,8 +348,8 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     passes.sliced.take(i)
     if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
     last = win.begin(passes.ns[i], i+1==len(passes.parts))
-    if self._ddp and last and not self.wait: win.before_reduction()
-    if self._ddp: learn.model.require_backward_grad_sync = last and not self.wait
+    if self.reducer and last and not (self.wait or self.pool): win.before_reduction()
+    if self.reducer: self.reducer.sync(last and not self.wait)
     self.moments.micro()
     try:
         with answering(learn.model, outs[i], learn.xb) if outs else nullcontext(): one()
@@ -389,7 +399,9 @@ def weigh(self:MicroBatch, learn):
     passes = self.passes
     counted = passes.counted(self.win.begun-1)
     passes.all_counted = passes.all_counted and counted
-    return Host.weigh(self, learn, counted)
+    loss,win = Host.weigh(self, learn, counted),self.win
+    pools = loss is not None and win.reducer and not win.local and win.reducer.reduces(win.last)
+    return loss*win.pool(learn.loss, self._params(learn)) if pools else loss
 
 @patch
 def _join_all(self:MicroBatch, learn, passes):
@@ -401,7 +413,7 @@ def _join_all(self:MicroBatch, learn, passes):
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training:
-        if win.count: win.close(partial(self._params, learn), counted=passes.all_counted)
+        if win.count or win.reducer and self.pool: win.close(partial(self._params, learn), counted=passes.all_counted)
         else: win.look()
         self.mixed.see(win, learn.loss_func)
     learn.loss = _joined_loss(learn, win, seen)
@@ -410,6 +422,7 @@ def _join_all(self:MicroBatch, learn, passes):
 def _joined_loss(learn, win, seen):
     "The loss of a batch, of which `seen` has the losses of micro-batches and what they divide by"
     if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): return torch.cat([l for l,_ in seen])
+    if win.pooled: return win.mean_loss
     if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill((win.total==0).to(seen[0][0].device), 0)
     if not win.count: # in validation, or if no backward pass was made
         for l,c in seen: win.add(l, c)
@@ -564,7 +577,6 @@ def _one_loss(self:MicroBatch, passes, all_passes):
     passes.later = later
     return partial(self._agreed, all_passes.forward)
 
-
 # %% ../nbs/10_microbatch.ipynb #8f77ccc9
 @patch(as_prop=True)
 def _ddp(self:MicroBatch): return isinstance(self.learn.model, DistributedDataParallel)
@@ -591,12 +603,21 @@ def _sharded(self:MicroBatch):
 @patch
 def _check_sharded(self:MicroBatch, kind):
     "A `ValueError` if a model that several processes share can't be computed in micro-batches"
-    if self._wait() and not self.sync_loss:
+    if (self.reducer is None or self.reducer.each) and not (self.pool or self.sync_loss) and self._wait():
         raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
-                         f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`; for a loss of your own that is a mean over samples, pass `normalize`='samples'")
+                         f"together in {self}: take `fully_shard` and `unsharded`='grads', or `pool`=True; or leave out `normalize` and `split`, and the loss's `denominator`; for a loss of "
+                         "your own that is a mean over samples, pass `normalize`='samples'")
     if self.sync_bn is True and batch_norms(self.model):
         raise ValueError(f"`sync_bn`=True: the model is a {kind}, whose parameters come and go with each forward pass, so several of them can't run side by side. Take `sync_bn='stats'`, "
                          "or `DistributedDataParallel`")
+
+@patch
+def _check_processes(self:MicroBatch):
+    "A `ValueError` if processes can't compute their batches in micro-batches together"
+    if self.pool or self.reducer: check_reducer(self.reducer, self.model, self.learn.opt.all_params().itemgot(0))
+    if self.pool and self.auto and several_processes():
+        raise ValueError("`pool`=True and `bs`='auto' in one of several processes: they sum what counts before it is known whether the batch fits in all of them. Pass a number that fits")
+    if not self.auto and (kind := self._sharded()): self._check_sharded(kind)
 
 @patch
 def _anywhere(self:MicroBatch, oom):

@@ -71,10 +71,11 @@ def drop_grads(
 # %% ../nbs/05_retry.ipynb #dacb5f7c
 @contextmanager
 def set_aside(
-    model # Any module
+    model, # Any module
+    others=() # What else has a `.grad`
 ):
     "Whatever is done to gradients meanwhile, leave those of `model` that are there already out of it"
-    old = [(p,p.grad) for p in model.parameters() if p.grad is not None]
+    old = [(p,p.grad) for p in (*model.parameters(), *others) if p.grad is not None]
     for p,_ in old: p.grad = None
     try: yield
     finally:

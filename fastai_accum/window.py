@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'window_size', 'check_args', 'low_precision',
-           'Float32Sums', 'beside', 'by_device', 'Window', 'ends', 'rescale', 'check_no_graphs', 'several_processes',
-           'reduce_grads', 'WarnMixed']
+           'Float32Sums', 'beside', 'by_device', 'Window', 'ends', 'rescale', 'check_no_graphs', 'WarnMixed']
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from warnings import warn
 from weakref import ref as weak
 from .losses import *
+from .processes import *
 
 # %% ../nbs/01_window.ipynb #635b7eeb
 def check_choice(
@@ -187,8 +187,11 @@ class Window:
         expect:int|None=None, # Micro-batches or samples that are expected; None: `size`
         counts:torch.Tensor|None=None, # (micro-batches,), their denominators, if these are known beforehand
         sums:str='sum', # `reduction` if a loss that was to be a mean shows that it sums
-        low=() # Parameters in bfloat16 and float16, of which gradients are to be added up in float32
+        low=(), # Parameters in bfloat16 and float16, of which gradients are to be added up in float32
+        reducer:Reducer|None=None, # With several processes: how their gradients come together
+        local:bool=False # Does each of them divide by what it has counted itself, so that the step is the mean of their means?
     ):
+        self.reducer,self.local = reducer,local
         self.size,self.reduction,self.expect,self.counts = size,reduction,size if expect is None else expect,counts
         self.seen,self.begun = 0,0 # micro-batches or samples, and micro-batches that have begun
         self.losses,self.denoms = [],[] # of the micro-batches that count
@@ -203,7 +206,7 @@ class Window:
         self.per_sample = None # a whole number that it divides by for each sample, in all micro-batches of several samples; 0 if there is none
         self.parts,self.apart = None,False # what its parts divide by in the first micro-batch; were they of other proportions in another one
         self.constant = [] # losses without a gradient, with what they weigh if samples count
-        self.f32 = Float32Sums(low)
+        self.f32 = Float32Sums(() if self._needed else low) # a sharded model adds up by itself
         self.watched,self.marks,self.touched = (),(),False # some parameters; their gradients as they are to be; were they others
         self.due = 0 # backward passes that did not come to the loss that was weighed
 
@@ -226,16 +229,16 @@ class Window:
     ): # `loss` times `c` over what the window is expected to count; None if there is nothing to differentiate
         "What is to be differentiated"
         self.asked,zero = c,not isinstance(c, torch.Tensor) and c==0
-        if zero and (self.count or not self.last): return None
+        if zero and (self.count or not self.last) and not self._needed: return None
         if self.reduction=='none': c = self.ref = 1
         elif zero: # nothing counts in all of the window: momentum and weight decay act with a gradient of 0
-            c,self.ref = torch.zeros_like(loss, requires_grad=False),1
+            c,guess,self.ref = torch.zeros_like(loss, requires_grad=False),0,self.ref if self._needed else 1
         if isinstance(c, torch.Tensor):
             if c.is_meta and not loss.is_meta: raise ValueError(f"the denominator of a micro-batch is {c!r}, on the 'meta' device, which has no values: return a number, or a tensor on {loss.device}")
             self._no_nan(c, sources)
             c = beside(c, loss).to(torch.promote_types(loss.dtype, torch.float32))
         else: guess = c
-        if self.ref is None: self.ref = guess*self.expect/self.n
+        if self.ref is None: self.ref = self._agreed(guess*self.expect/self.n)
         self.c,self.f32.on = c,True
         return loss.as_subclass(torch.Tensor)*((c if self.reduction=='mean' else 1)/self.ref) # fastai's tensor types make each operation slow
 
@@ -253,7 +256,7 @@ class Window:
         if self.counts is not None and counted: return self._known_share(loss)
         shown = partial(self.read, loss, pred) if loss.requires_grad else None
         c = loss_count(loss_func, pred, targs, inputs, normalize, self.reduction=='mean', learn, shown)
-        if not loss.requires_grad: return self._leave_out(loss, c)
+        if not loss.requires_grad: return self._leave_out(loss, c, pred)
         if not isinstance(c, torch.Tensor) and c!=0: return self.weigh(loss, c)
         guess = targs[0].numel() if targs and isinstance(targs[0], torch.Tensor) else n_samples(inputs, targs)
         own = self.shows or loss_option(loss_func, 'denominator') is not None
@@ -273,13 +276,16 @@ class Window:
 
     def cancel(self):
         "The backward pass of the current micro-batch is not made, so it counts nothing"
-        if self.pooled and self.c is not None: self.losses.pop(), self.denoms.pop()
-        self.c,self.totals,self.f32.on = None,None,False
+        if self.pooled and not self.reduced:
+            if self.c is not None: self.losses.pop(), self.denoms.pop()
+            self.totals = None
+        self.c,self.f32.on = None,False
 
     def drop(self):
         "Forget the window: no hook and no sum stays, and `.grad` is left to the caller"
         self._unhook()
         self.f32.stop()
+        if self.reducer is not None: self.reducer.drop()
 
 # %% ../nbs/01_window.ipynb #0cb0ca09
 @patch
@@ -312,6 +318,25 @@ def read(self:Window,
     return c
 
 @patch
+def unreduced(self:Window)->list:
+    "What holds its gradients, and is no parameter of the model"
+    return [] if self.reducer is None else self.reducer.unreduced()
+
+@patch(as_prop=True)
+def _needed(self:Window):
+    "Do other processes wait for each backward pass?"
+    return self.reducer is not None and self.reducer.collective
+
+@patch
+def _agreed(self:Window, ref):
+    "What gradients are divided by so far; if each backward pass reduces them, the same in all processes"
+    r = self.reducer
+    if r is None or self.local or not (r.each or r.collective and ref==0): return ref
+    if not r.each: return 1
+    t = r.sum(r.zeros(1)+ref)[0]/r.n
+    return t+(t==0)
+
+@patch
 def _compare(self:Window, cs):
     "Note if the parts of the loss weigh otherwise than in the first micro-batch"
     if self.parts is None: self.parts = cs
@@ -322,9 +347,13 @@ def _compare(self:Window, cs):
             self.apart = (abs(a-b) > 1e-6*(a+b)) | self.apart
 
 @patch
-def _leave_out(self:Window, loss, c):
+def _leave_out(self:Window, loss, c, pred):
     "The current micro-batch's loss is a constant, to which no gradient leads; if it is all that the window has, PyTorch says so"
     self.asked = c
+    if self._needed: # as other processes wait for a backward pass, one that adds nothing
+        self.c,self.ref = 0,self._agreed(c*self.expect/self.n) if self.ref is None else self.ref
+        self.constant.append((loss, c))
+        return sum(o.flatten()[:0].sum() for o in tree_leaves(pred) if isinstance(o, torch.Tensor) and o.requires_grad)
     if self.last and not self.count: return loss
     self.constant.append((loss, c))
 
@@ -463,7 +492,8 @@ def rescale(
     scale # A number or a one-element tensor
 ):
     "Multiply the gradients of `params` by `scale` in place, in one fused call for each device that they are on"
-    for grads in by_device(p.grad for p in params if p.grad is not None): torch._foreach_mul_(grads, beside(scale, grads[0]))
+    def local(g): return g.to_local() if hasattr(g, 'to_local') else g # of a `DTensor`, this process's part
+    for grads in by_device(local(p.grad) for p in params if p.grad is not None): torch._foreach_mul_(grads, beside(scale, grads[0]))
 
 @patch
 def _rescale(self:Window, params, scale, reduces=False):
@@ -474,7 +504,6 @@ def _rescale(self:Window, params, scale, reduces=False):
 @patch
 def close(self:Window,
     params, # A function that returns the parameters
-    ddp=None, # A `DistributedDataParallel` in one of several processes, which averages gradients
     counted:bool=True # Are the targets still those that `counts` is about?
 )->bool: # Is there a gradient?
     "No micro-batch will come any more: give the gradients their final scale"
@@ -483,16 +512,16 @@ def close(self:Window,
     self._unhook()
     self._settle()
     self.closed = True
-    if ddp is not None:
-        if not self.reduced: self.pool(None, ddp, params()); reduce_grads(ddp)
+    if pools := (r := self.reducer) is not None and not self.local:
+        if not self.reduced: self.pool(None, params()); r.reduce()
     else:
         final = not self.count or self.counts is not None and counted and self.count==self.begun # losses had their final scale
         scale = 1 if final else self.scale
         self.counts = self.known = self.shares = None
-        if isinstance(scale, torch.Tensor) or scale!=1: self._rescale(params(), scale)
+        if isinstance(scale, torch.Tensor) or scale!=1: self._rescale(params() if r is None else r.held(params()), scale)
         else: self.f32.to_grads()
     self.f32.stop()
-    return ddp is not None or self.count>0
+    return pools or self.count>0
 
 # %% ../nbs/01_window.ipynb #f5def219
 def check_no_graphs(
@@ -505,39 +534,21 @@ def check_no_graphs(
             raise ValueError(f"{type(m).__name__} is compiled with CUDA graphs, which write a micro-batch's outputs and gradients where the last one's were: "
                              "leave out `mode='reduce-overhead'`, and take 'max-autotune-no-cudagraphs' in place of 'max-autotune'")
 
-def several_processes():
-    "Is this one of several processes?"
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
-
-def reduce_grads(
-    model # A `DistributedDataParallel` whose backward passes so far did not communicate
-):
-    "Average the gradients over all processes, by a backward pass that adds nothing to them"
-    model.require_backward_grad_sync = model.require_forward_param_sync = True
-    params = [p for p in model.parameters() if p.requires_grad]
-    if model.find_unused_parameters: params = [p for p in params if p.grad is not None] or params[:1] # what no process has used has no gradient
-    loss = sum(p.sum()*0 for p in params)
-    model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else []) # as its forward pass does
-    loss.backward()
-
 # %% ../nbs/01_window.ipynb #b008ae95
 @patch
 def pool(self:Window,
     loss, # The loss of the window's last micro-batch, just before its backward pass; None if that will not come
-    ddp, # A `DistributedDataParallel`, which averages gradients in the backward pass that follows
     params # Parameters with gradients
 ): # What is still to be differentiated is to be multiplied by this
     "Go on with the totals of all processes, so that the mean of their gradients is the gradient of the global batch"
     if loss is not None: self.add(loss)
     self._settle()
-    group,like = ddp.process_group,next(ddp.parameters())
-    n,t = group.size(),torch.zeros(2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    r,t = self.reducer,self.reducer.zeros(2)
     for o,v in zip(t, (self.denom,self.loss)): o += beside(v, o) # these may be on the device: nothing is to be read here
-    torch.distributed.all_reduce(t, group=group)
-    self.totals = t
+    self.totals,n = r.sum(t),r.n
     if self.ref is None: self.ref = 1
     scale,self.ref = n*self.scale,(1 if self.reduction=='none' else self.denom)/n
-    self._rescale(params, scale, reduces=True)
+    self._rescale(r.held(params), scale, reduces=True)
     self.f32.on = loss is not None
     self.note()
     return beside(scale, loss)

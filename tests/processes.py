@@ -1,4 +1,4 @@
-"Two processes with gloo on the CPU, for the cases of a test file, which is also what they run"
+"Two or more processes with gloo on the CPU, for the cases of a test file, which is also what they run"
 import multiprocessing,os,runpy,sys,time
 from datetime import timedelta
 import pytest
@@ -22,24 +22,24 @@ def work_on(cases, work):
         return t.tolist()
     DistributedDL._broadcast = _broadcast # fastai's own goes through `.cuda()`
     default_device(False)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
+    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=int(os.environ['WORLD_SIZE']), timeout=timedelta(seconds=20))
     for i,(name,c) in enumerate(cases.items()):
         print(name, flush=True)
         torch.save(work(c), path/f'{i}.{rank}.part')
         (path/f'{i}.{rank}.part').rename(path/f'{i}.{rank}')
     torch.distributed.destroy_process_group()
 
-def start(file, rank, path):
+def start(file, rank, path, n):
     "What `python file rank path` does, in a fork"
     log = os.open(path/f'log{rank}', os.O_CREAT|os.O_WRONLY)
     for out in (1,2): os.dup2(log, out)
-    os.environ.update(WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), RANK=str(rank), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES='')
+    os.environ.update(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES='')
     sys.argv = [file,str(rank),str(path)]
     runpy.run_path(file, run_name='__main__')
 
-def in_two(file, path, cases):
-    "Run `file` in two processes that meet in `path`; a function of a case's name that returns what each of them saved"
-    ps = [forks.Process(target=start, args=(file, r, path)) for r in range(WORLD)]
+def in_two(file, path, cases, n=WORLD):
+    "Run `file` in two processes, or `n`, that meet in `path`; a function of a case's name that returns what each of them saved"
+    ps = [forks.Process(target=start, args=(file, r, path, n)) for r in range(n)]
     try:
         for p in ps: p.start()
         end = time.time()+LIMIT
@@ -49,6 +49,6 @@ def in_two(file, path, cases):
         for p in ps: p.kill(); p.join()
     def load(name):
         i = list(cases).index(name)
-        if not all((path/f'{i}.{r}').exists() for r in range(WORLD)): pytest.fail(f'rank 0 and 1 ended with {[p.exitcode for p in ps]}\n' + '\n'.join((path/f'log{r}').read_text()[-2500:] for r in range(WORLD)))
-        return [torch.load(path/f'{i}.{r}', weights_only=False) for r in range(WORLD)]
+        if not all((path/f'{i}.{r}').exists() for r in range(n)): pytest.fail(f'the processes ended with {[p.exitcode for p in ps]}\n' + '\n'.join((path/f'log{r}').read_text()[-2500:] for r in range(n)))
+        return [torch.load(path/f'{i}.{r}', weights_only=False) for r in range(n)]
     return load

@@ -12,6 +12,13 @@ def test_launch():
     steps,n,acc = re.search(r'(\d+) steps of 8x4x2 = (\d+) samples, accuracy (\S+)', out).groups()
     assert (int(steps),int(n))==(2*23,64) and float(acc)>0.5
 
+def test_fsdp(tmp_path):
+    "Two processes, each with half of the weights, make steps of twice the samples, and go on from what they saved"
+    pytest.importorskip('torch.distributed.fsdp', reason='needs `fully_shard`').fully_shard
+    out = output('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, examples/'fsdp.py', '--path', tmp_path/'saved')
+    n,part,whole,acc,off = re.search(r'= (\d+) samples a step, (\d+) of (\d+) weights in a process, accuracy (\S+); .* is (\S+) off', out).groups()
+    assert int(n)==64 and int(part)==int(whole)/2 and float(acc)>0.8 and float(off)==0
+
 @pytest.mark.skipif(not importlib.util.find_spec('transformers'), reason='needs transformers')
 def test_huggingface():
     out = output(examples/'huggingface.py', '--n-epoch', 1)

@@ -477,10 +477,10 @@ class Comm:
         return self.f(t, *args, **kwargs)
 
 def work(c):
-    from fastai_accum import window
+    from fastai_accum import processes
     m,o = start(c.opt, c.model)
-    reduce_grads,after = window.reduce_grads,[]
-    window.reduce_grads = lambda model: after.append(1) or reduce_grads(model)
+    reduce_grads,after = processes.reduce_grads,[]
+    processes.reduce_grads = lambda model: after.append(1) or reduce_grads(model)
     ddp,steps = DistributedDataParallel(m, **c.ddp),[]
     with Comm(ddp) as comm:
         acc = Accumulator(ddp, o, c.loss, scaler=torch.amp.GradScaler('cpu', init_scale=1024.) if c.scaler else None, before_step=(lambda: clip(m)) if c.clip else None,
@@ -488,7 +488,7 @@ def work(c):
         for _ in range(EPOCHS):
             with acc:
                 for x,y in shards(c)[torch.distributed.get_rank()]: acc.backward(ddp(x), y)
-    window.reduce_grads,refused = reduce_grads,[]
+    processes.reduce_grads,refused = reduce_grads,[]
     for kw in (dict(model=m), dict(loss_func=nn.Bilinear(3, 3, 1))):
         try: Accumulator(**{**dict(model=ddp, opt=o, loss_func=CE), **kw})
         except ValueError as e: refused.append(str(e))
