@@ -8,6 +8,7 @@ help:
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
 	@echo "make test-fastai1   the tests of fastai 1 alone"
 	@echo "make bench   exactness, time, memory and communication against fastai's own callback, a hand-written loop and other libraries; an environment of its own"
+	@echo "make gpu     on a machine with a GPU: the tests that need one, then numbers for the page of it; PYTHON names the interpreter, nothing is installed"
 	@echo "make docs    the site in _docs, with Quarto where it is installed and otherwise in plain pages; nothing is run again"
 	@echo "make sync    export the package, clean the notebooks, write README.md from nbs/index.ipynb"
 
@@ -33,6 +34,12 @@ bench: $(BENCH)/.done
 	$(BENCH)/bin/python -W ignore benchmarks/communication.py
 	$(BENCH)/bin/python -W ignore benchmarks/batchnorm.py
 
+# where there is no network: with $(PYTHON) if that is given, else with what is in $(VENV) if it is there
+gpu: PYTHON := $(if $(filter file default undefined,$(origin PYTHON)),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+gpu:
+	failed=0; $(PYTHON) -W ignore -m pytest -m cuda tests/test_cuda.py || failed=1; $(PYTHON) -W ignore benchmarks/gpu.py || failed=1; exit $$failed
+
 sync: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh
 
@@ -42,7 +49,7 @@ docs: env
 
 test: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
-	ls -r nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(VENV)/bin/nbdev-test # two processes of one thread each, the longest notebooks first; a process for each, as they patch fastai's classes
+	OMP_NUM_THREADS=1 $(PY) -W ignore tools/notebooks.py # a process for each, as they patch fastai's classes; two at a time, of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
 	$(MAKE) test-fastai1
 
@@ -56,4 +63,4 @@ $(FASTAI1)/.done: $(VENV)/.done
 test-fastai1: $(FASTAI1)/.done
 	PYTHONPATH=$(abspath $(FASTAI1)) TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 $(PY) -W ignore -m pytest tests_fastai1
 
-.PHONY: help env demo bench sync docs test test-fastai1
+.PHONY: help env demo bench gpu sync docs test test-fastai1

@@ -6,10 +6,13 @@ from fastcore.script import call_parse
 def loop(model, dl, opt, n_acc):
     "What one writes without a framework"
     model.train()
+    sync()
     start = time.perf_counter()
-    for i,(x,y) in enumerate(dl):
+    for i,b in enumerate(dl):
+        x,y = to_device(b, DEVICE)
         (F.cross_entropy(model(x), y)/n_acc).backward()
         if (i+1)%n_acc==0: opt.step(); opt.zero_grad()
+    sync()
     return time.perf_counter()-start
 
 @call_parse
@@ -21,13 +24,13 @@ def main(
     print(f'{where()}, windows of {n_acc}x{bs} samples, medians of {repeats} epochs of each in random turn')
     for name,mk,shape,n in (('tiny MLP', mlp, (1,8,8), 25*n_acc), ('ResNet-18 on 64x64 pixels', resnet, (3,64,64), n_acc)):
         items = [(torch.randn(shape), torch.tensor(i%10)) for i in range(n*bs)]
-        dls = DataLoaders(DataLoader(items, bs=bs), DataLoader(items[:bs], bs=bs))
+        dls = DataLoaders(DataLoader(items, bs=bs), DataLoader(items[:bs], bs=bs), device=DEVICE)
         def runner(*cbs):
-            learn = Learner(dls, mk(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=[Timer(), *cbs])
+            learn = Learner(dls, mk().to(DEVICE), loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=[Timer(), *cbs])
             learn.remove_cb(ProgressCallback)
             learn.logger = noop
             return partial(fit, learn)
-        hand = mk()
+        hand = mk().to(DEVICE)
         opt = SGD(list(hand.parameters()), lr=1e-3)
         runs = {'AccumulateStep':runner(AccumulateStep(n_acc)), "fastai's GradientAccumulation":runner(GradientAccumulation(n_acc*bs)),
                 'plain Learner, a step each':runner(), 'hand-written loop':lambda: loop(hand, dls.train, opt, n_acc)}

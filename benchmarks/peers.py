@@ -27,6 +27,7 @@ PEERS = dict(
     accumulator=('fastai_accum', [('Accumulator', '**fastai_accum `Accumulator`**', 'a loop of its own, `n_step`')]))
 CASES = ('even', 'short last window', 'uneven micro-batches', 'both', 'windows of several sizes', 'ignored targets', 'class weights', 'clipped', 'two epochs', 'fp16-scaled', 'BatchNorm', 'one-cycle', 'lr_find')
 TIMED = 'tiny MLP','small ResNet','small transformer'
+OUTPUTS = 'small language model','small U-Net' # of these, whose outputs are large, only memory is measured
 GROW,WINDOWS = [2**i for i in range(7)],dict(zip(TIMED, (8,2))) # micro-batches of a batch of 64 in the picture; batches in an epoch, after a first one that is not timed
 
 class Peer:
@@ -63,19 +64,41 @@ def draw(res, path):
     "Time and peak memory of a batch of 64, over the number of micro-batches that it is computed in"
     from matplotlib import pyplot as plt
     plt.rc('axes.spines', top=False, right=False)
-    fig,axs = plt.subplots(1, 3, figsize=(12.5,4.2), layout='constrained')
+    fig,axs = plt.subplots(1, 4, figsize=(16,4.2), layout='constrained')
     ours = dict(AccumulateStep=dict(c='k', ls='--', lw=2, zorder=5), MicroBatch=dict(c='k', lw=2, zorder=5), Accumulator=dict(c='k', ls=':', lw=2, zorder=5))
     for i,(k,row) in enumerate((k,r) for k,r in res['rows'].items() if 'growth' in r):
         kw = dict(label=re.sub(r'[*`]', '', row['label']), **ours.get(k, dict(c=plt.cm.tab20(i), lw=1.2, marker='.')))
-        for ax,(p,what,unit) in zip(axs, (('tiny MLP','secs',1e-3), ('small ResNet','secs',1e-3), ('small ResNet','peak_bytes',2**20))):
-            pts = [(o['n'], (median(o[what]) if what=='secs' else o[what])/unit) for o in row['growth'][p] if o[what]]
+        for ax,(p,what,unit) in zip(axs, (('tiny MLP','secs',1e-3), ('small ResNet','secs',1e-3), ('small ResNet','peak_bytes',2**20), (OUTPUTS[0],'peak_bytes',2**20))):
+            pts = [(o['n'], (median(o[what]) if what=='secs' else o[what])/unit) for o in row['growth'].get(p, ()) if o[what]]
             if pts: ax.plot(*zip(*pts), **kw)
             ax.set(title=f"{p}: {'ms a batch' if what=='secs' else 'peak MiB'}", xlabel='micro-batches of a batch of 64', xscale='log')
             ax.set_xticks(GROW, GROW), ax.xaxis.set_minor_locator(plt.NullLocator())
     for ax,ticks in zip(axs, ([1,2,5,10,20,50,100],[75,100,150,200,300])): ax.set(yscale='log'), ax.set_yticks(ticks, ticks), ax.yaxis.set_minor_locator(plt.NullLocator())
-    axs[2].set_ylim(0)
-    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8)
+    for ax in axs[2:]: ax.set_ylim(0)
+    known = {l:h for ax in axs for h,l in zip(*ax.get_legend_handles_labels())} # some are in some of them only
+    fig.legend(known.values(), known.keys(), loc='outside right center', frameon=False, fontsize=8)
     fig.savefig(path, dpi=80)
+
+def measure_outputs(rows, peers, keys):
+    "Peak memory of models with large outputs, for the rows in `keys`"
+    for k in keys:
+        def peak(p, *args): return peers[rows[k]['peer']]('memory', k, p, *args)
+        rows[k].setdefault('peak_bytes', {}).update({p:peak(p) for p in OUTPUTS})
+        rows[k].setdefault('growth', {})[OUTPUTS[0]] = [dict(n=n, secs=[], peak_bytes=peak(OUTPUTS[0], 2, n, GROW[-1]//n).get('res')) for n in GROW]
+        print(f'{k}: memory with large outputs measured', flush=True)
+
+def only_outputs(envs, out, picture):
+    "Measure these again for the peers that are in `envs` in the versions that `out` has; all else stays as it is"
+    res = json.loads(out.read_text())
+    peers = {name:Peer(name, envs) for name in PEERS}
+    def same(row): return all(peers[row['peer']].hello.get(o)==row.get(o) for o in ('version','torch')) and 'version' in row
+    keys = [k for k,row in res['rows'].items() if same(row)]
+    measure_outputs(res['rows'], peers, keys)
+    for p in peers.values(): p.close()
+    res['outputs'] = dict(date=time.strftime('%Y-%m-%d'), machine=machine(), rows=keys)
+    out.write_text(json.dumps(res, indent=1)+'\n')
+    draw(res, picture)
+    print(f"measured: {', '.join(keys)}; not there in the version of {out}: {', '.join(k for k in res['rows'] if k not in keys) or 'none'}")
 
 @call_parse
 def main(
@@ -84,9 +107,11 @@ def main(
     warm:int=2, # Turns before these
     envs:str='.venv-bench', # Environment of the peers; one of a peer's own is beside it, as `.venv-bench-composer`
     out:str='benchmarks/peers.json', # The numbers
-    picture:str='nbs/images/growth.png' # How time and memory grow
+    picture:str='nbs/images/growth.png', # How time and memory grow
+    outputs:bool=False # Measure only the memory of models with large outputs, and leave all else in `out` as it is
 ):
     out,envs,rows,peers = Path(out),Path(envs).absolute(),{},{}
+    if outputs: return only_outputs(envs, out, picture)
     for name,(_,labels) in PEERS.items():
         peer = peers[name] = Peer(name, envs)
         hello = peer.hello
@@ -110,7 +135,8 @@ def main(
                     s = peers[rows[k]['peer']]('time', k, p)
                     if i>=warm: rows[k]['secs'].setdefault(p, []).append(s.get('res', s))
             print(f'{p}: timed', flush=True)
-        for k in alive: rows[k]['growth'] = {p:[dict(n=n, secs=[], peak_bytes=peers[rows[k]['peer']]('memory', k, p, 2, n, GROW[-1]//n).get('res')) for n in GROW] for p in WINDOWS}
+        measure_outputs(rows, peers, alive)
+        for k in alive: rows[k]['growth'] |= {p:[dict(n=n, secs=[], peak_bytes=peers[rows[k]['peer']]('memory', k, p, 2, n, GROW[-1]//n).get('res')) for n in GROW] for p in WINDOWS}
         for p,w in WINDOWS.items():
             for _ in range(grow_repeats):
                 for k,i in random.sample([(k,i) for k in alive for i in range(len(GROW))], len(alive)*len(GROW)):

@@ -2,7 +2,8 @@
 `AccumulateStep` makes one optimizer step from the gradients of several small batches.
 `MicroBatch` keeps the dataloader's large batch, and splits it inside the step into pieces small enough to fit.
 Weights, optimizer state, learning rates, recorded losses and `lr_find` are then those of the large batch to the last digits of floating
-point, also where batches are uneven, windows do not divide the epoch, or targets are ignored or weighted; what cannot be equal is listed."""
+point, also where batches are uneven, windows do not divide the epoch, or targets are ignored or weighted; what cannot be equal is listed.
+On newer NVIDIA GPUs PyTorch rounds the inputs of convolutions to TF32 by default, so there the last digits are those of TF32, about three."""
 
 __version__ = "0.0.1"
 

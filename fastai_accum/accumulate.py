@@ -66,14 +66,16 @@ class AccumulateStep(Host):
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
-        sync_bn:bool|str=False # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
+        sync_bn:bool|str=False, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
+        sync_loss:bool=False # A loss that sees the whole batch is to be had of `MicroBatch` only
     ):
         self.unit = check_args(n_step, n_samples, normalize, leftover)
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (False,'stats'))
+        if sync_loss: raise ValueError(f"`sync_loss`={sync_loss!r}: micro-batches that come one by one can't have one loss; use `MicroBatch(sync_loss=True)` with a loader of whole batches")
         store_attr()
-        self.moments,self.mixed = Moments(),WarnMixed()
+        self.moments,self.mixed = Moments(),WarnMixed(cure='. `MicroBatch(sync_loss=True)`, with a loader of whole batches, computes one loss for all')
 
     def before_fit(self):
         super().before_fit()

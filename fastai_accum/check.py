@@ -177,7 +177,8 @@ class _Trial:
     def __init__(self, learn, cb, whole, batch_sizes, dtype, device):
         store_attr()
         self.repeats,self.large_steps = 1,{} # how often a step is made; the mean steps of the large batch so far, by `off`
-        self.micro_sizes = self.weights = None # of the micro-batches that `cb` makes: their samples, and what their losses weigh
+        self.micro_sizes = self.weights = None # of the micro-batches that have a loss: their samples, and what their losses weigh
+        self.model_sizes = None # samples in those that the model sees; with `sync_loss=True`, there is one loss of all
         self.mixed,self.shares = False,None # does the loss add up parts that divide by different numbers; what micro-batches weigh by what the loss divides by
 
     def step(self, *args, **kwargs):
@@ -214,10 +215,12 @@ class _Trial:
         if 'normalize' in off or 'loss' in off: surrogate = partial(self._surrogate, off)
         return self.step(ifnone(batches, _cut(self.whole, self.batch_sizes)), off, cb, surrogate)
 
-    def jointly(self, off):
-        "What `MicroBatch(sync_bn=True)` makes of the same micro-batches: as `difference`, and the differences of buffers"
-        def split(xb, yb, bs): return list(zip(_cut(xb, self.micro_sizes), _cut(yb, self.micro_sizes)))
-        cb = MicroBatch(max(self.micro_sizes), normalize=getattr(self.cb, 'normalize', 'auto'), split=split, sync_bn=True)
+    def jointly(self, off, **kwargs):
+        "What `MicroBatch` makes of the same micro-batches with `kwargs`: as `difference`, and the differences of buffers"
+        def split(xb, yb, bs): return list(zip(_cut(xb, self.model_sizes), _cut(yb, self.model_sizes)))
+        if kwargs.get('sync_loss'): off = off-{'normalize','loss'} # these it has not
+        else: kwargs['normalize'] = getattr(self.cb, 'normalize', 'auto')
+        cb = MicroBatch(max(self.model_sizes), split=split, **kwargs)
         small,large = self.small(off, cb=cb, batches=[self.whole]),self.large(off)
         return *self._apart(small, large),_buffer_diffs(large, small, self.dtype)
 
@@ -282,9 +285,6 @@ def _surrogate(self:_Trial, off, i, pred, loss):
 _advice = dict(
     random="dropout, stochastic depth or noise draws other random numbers. Nothing to do: it is another sample of the same training",
     mixup="partners come from the micro-batch. `MicroBatch` finds them in the whole batch",
-    loss="the loss of a sample depends on its neighbours, of which a micro-batch has fewer. Take micro-batches as large as memory allows",
-    mixed="the loss adds up parts that divide by different numbers, such as targets that count and samples, so no one number weighs a micro-batch. Let all parts divide by the same, "
-          "such as the samples (`reduction='sum'`, divided by `len(targ)`)",
     model="what becomes of a sample depends on its neighbours, or on the forward passes before. Look for means over the batch, "
           "decisions that depend on what is in it, states that are carried on (hidden ones, spectral normalization), "
           "and callbacks that add to the loss",
@@ -296,15 +296,27 @@ def _batchnorm_advice(trial, off, tol):
     "What to do about `batchnorm`, as was tried without the causes in `off`"
     if getattr(trial.cb, 'sync_bn', False) is True:
         return "BatchNorm sees the whole batch already (`sync_bn=True`), so this is of something that acts together with it: what else looks at the batch?"
-    try: diff,chance,buffers = trial.jointly(off)
-    except Exception as e: tried = f"can't be had here: {' '.join(str(e).split())}"
-    else:
-        worst,most = max(buffers.items(), key=lambda o: o[1], default=('',0.))
-        if not diff<=max(tol, chance): tried = f"does not make it exact here: tried, its gradient is {diff:.1e} off, for which see what else is named"
-        elif not most<=max(tol, chance): tried = f"makes the gradient exact here, but `{worst}` is {most:.1e} off"
-        else: tried = "is exact here, as was tried"
-    return ("each micro-batch is normalized by its own statistics. `MicroBatch(sync_bn=True)`, with a loader of whole batches, "
-            f"{tried}. GroupNorm, LayerNorm and frozen BatchNorm (`BnFreeze`) do not look at the batch")
+    return (f"each micro-batch is normalized by its own statistics. {_tried(trial, off, tol, sync_bn=True)}. "
+            "GroupNorm, LayerNorm and frozen BatchNorm (`BnFreeze`) do not look at the batch")
+
+def _loss_advice(trial, off, tol):
+    "What to do about `loss`"
+    tried = _tried(trial, off, tol, sync_loss=True)
+    if not trial.mixed: return f"the loss of a sample depends on its neighbours, of which a micro-batch has fewer. {tried}"
+    return (f"the loss adds up parts that divide by different numbers, such as targets that count and samples, so no one number weighs a micro-batch. {tried}. "
+            "Or let all parts divide by the same, such as the samples (`reduction='sum'`, divided by `len(targ)`)")
+
+def _tried(trial, off, tol, **kwargs):
+    "What comes of `MicroBatch` with `kwargs`, beside what the learner has already"
+    has = {k:v for k in ('sync_bn','sync_loss') if (v := getattr(trial.cb, k, False))}
+    kwargs = {**has, **kwargs}
+    call = f"`MicroBatch({', '.join(f'{k}={v!r}' for k,v in kwargs.items())})`, with a loader of whole batches,"
+    try: diff,chance,buffers = trial.jointly(off, **kwargs)
+    except Exception as e: return f"{call} can't be had here: {' '.join(str(e).split())}"
+    worst,most = max(buffers.items(), key=lambda o: o[1], default=('',0.))
+    if not diff<=max(tol, chance): return f"{call} does not make it exact here: tried, its gradient is {diff:.1e} off, for which see what else is named"
+    if not most<=max(tol, chance): return f"{call} makes the gradient exact here, but `{worst}` is {most:.1e} off"
+    return f"{call} is exact here, as was tried"
 
 def _normalize_advice(trial, off, tol):
     "What to do about `normalize`"
@@ -319,8 +331,8 @@ def _normalize_advice(trial, off, tol):
 
 def _advise(trial, cause, off, tol):
     "What to do about `cause`"
-    own = dict(normalize=_normalize_advice, batchnorm=_batchnorm_advice)
-    return own[cause](trial, off-{cause}, tol) if cause in own else _advice['mixed' if cause=='loss' and trial.mixed else cause]
+    own = dict(normalize=_normalize_advice, batchnorm=_batchnorm_advice, loss=_loss_advice)
+    return own[cause](trial, off-{cause}, tol) if cause in own else _advice[cause]
 
 def _suspects(trial, tol):
     "The causes that there may be and that can be taken away; and notes"
@@ -428,6 +440,7 @@ def _steps(trial):
         raise ValueError(f"{trial.cb} made a step after {seen} of {n} samples: "
                          f"pass the `n_step` that it takes, here {len(small.sizes)}")
     trial.micro_sizes = small.sizes
+    trial.model_sizes = even_sizes(n, trial.cb.bs) if getattr(trial.cb, 'sync_loss', False) and trial.cb.split is None else small.sizes
     return large,small
 
 _rounding = {torch.float64:(1e-12,1e-5), torch.float32:(1e-5,1e-3)} # the least and the most that is taken for it
@@ -465,7 +478,7 @@ def _check(learn, cb, whole, batch_sizes, device, dtype, *notes):
         alone,advice,more = _explain(trial, small, tol)
         notes += more
     elif max(buffers.values(), default=0.)>tol: notes.append("only buffers differ: something moves them in each micro-batch")
-    return AccumulationCheck(str(cb), small.sizes, dtype, tol, diff, layers, buffers, loss, alone, advice, notes)
+    return AccumulationCheck(str(cb), trial.model_sizes, dtype, tol, diff, layers, buffers, loss, alone, advice, notes)
 
 # %% ../nbs/14_check.ipynb #e6b31f08
 def _accumulator(learn, cb, n_step):

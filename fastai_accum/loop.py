@@ -111,6 +111,7 @@ def _check(self:Accumulator):
     for k in ('n_step','n_samples'):
         if getattr(self, k) is not None: check_size(k, getattr(self, k), '; `acc.resize` changes it as training goes on')
     if not callable(self.normalize): check_choice('normalize', self.normalize, ('auto','samples','none'), ' or a function `(pred, *targs) -> denominator`')
+    check_no_graphs(self.model)
     self._check_processes()
     self.mixed = WarnMixed()
     if self.normalize=='auto' and loss_reduction(self.loss_func)=='mean' and (why := mixed_denominators(self.loss_func)): self.mixed.warn(self.loss_func, why)

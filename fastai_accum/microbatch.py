@@ -19,13 +19,25 @@ from .split import *
 from .retry import *
 from .lockstep import *
 from .batchnorm import *
+from .wholeloss import *
 
 # %% ../nbs/10_microbatch.ipynb #927cc189
 _cancels = CancelTrainException,CancelEpochException,CancelFitException
 _inner = 'after_pred','after_loss','before_backward','after_backward','after_cancel_backward'
 
+class _NotKept: "Stands for the outputs of a batch that nobody was to read"
+
 class MicroBatchMethods(HostMethods):
     "What a learner does differently with `MicroBatch`"
+    @property
+    def pred(self):
+        if 'pred' not in vars(self): raise AttributeError('pred')
+        if (res := vars(self)['pred']) is not _NotKept: return res
+        raise RuntimeError("`learn.pred` is read after the micro-batches of a batch, whose outputs were not kept, as no callback or metric was known to do so: pass "
+                           "`MicroBatch(..., preds=True)`, or read it in `after_pred` or `after_loss`, which come for each micro-batch")
+    @pred.setter
+    def pred(self, pred): vars(self)['pred'] = pred
+
     def all_batches(self):
         try: own_class(type(self)).all_batches(self)
         except BaseException as e:
@@ -58,26 +70,31 @@ class MicroBatchMethods(HostMethods):
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
-    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=())
+    order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low = () # parameters in bfloat16 and float16
-    depth,kept = 0,True # autocasts around the current batch; may there be gradients that are not of it
+    depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
         offload:str|None='cpu', # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
-        valid:bool|None=None # Split in validation and prediction too? None: if 'auto', where they find a size of their own
+        valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
+        preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
+        sync_loss:bool=False # The loss sees the whole batch, whatever it computes: it is computed once, from the outputs for all samples, and each micro-batch has a second forward pass
     ):
         if bs!='auto': check_size('bs', bs, ", or 'auto'")
         check_normalize(normalize)
         check_choice('sync_bn', sync_bn, (False,True,'stats'))
         check_choice('offload', offload, ('cpu',None))
+        check_choice('sync_loss', sync_loss, (False,True))
+        if sync_loss and normalize!='auto': raise ValueError(f"`normalize`={normalize!r} beside `sync_loss`=True: there is one loss, of the whole batch, and nothing to weigh; leave out `normalize`")
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
         check_choice('valid', valid, (None,False,True))
+        check_choice('preds', preds, (None,False,True))
         store_attr()
-        self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch')
+        self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
@@ -102,6 +119,10 @@ class MicroBatch(Host):
 
     def forget(self, learn):
         if self.threads is not None: self.threads.end()
+
+    def _leave(self, learn):
+        super()._leave(learn)
+        if vars(learn).get('pred') is _NotKept: learn.pred = None
 
     def before_train(self):
         check_trainable(self.learn)
@@ -132,7 +153,7 @@ def detach_microbatch(self:Learner):
 
 # %% ../nbs/10_microbatch.ipynb #68db7be8
 @patch
-def _reduction(self:MicroBatch, learn): return 'mean' if loss_reduction(plain_loss(learn), self.normalize)=='mean' else 'none' # sums stay sums
+def _reduction(self:MicroBatch, learn): return 'mean' if not self.sync_loss and loss_reduction(plain_loss(learn), self.normalize)=='mean' else 'none' # sums stay sums, and so does one loss of all
 
 @patch
 def _mods(self:MicroBatch, learn): return nn.ModuleList([learn.model, *loss_modules(plain_loss(learn))])
@@ -165,9 +186,11 @@ def _fit_in(self:MicroBatch, learn, one):
     "Compute a batch in micro-batches that fit in memory"
     xb,yb,n = learn.xb,learn.yb,n_samples(learn.xb, learn.yb)
     if not self.auto: return self._attempt(learn, one, xb, yb, n, min(self.bs, n))
-    train,kind,undo = learn.training,0 if self._ddp else size_kind(xb, n),Undo(self._mods(learn), (xb,yb)) # one kind for all if processes have to agree
+    train,kind = learn.training,0 if self._ddp else size_kind(xb, n) # one kind for all if processes have to agree
+    undo,undo_notes = Undo(self._mods(learn), (xb,yb)),UndoNotes(self._mods(learn))
     while not self._attempt(learn, one, xb, yb, n, bs := min(self.sizes.limit(train, kind) or n, n)):
-        undo()
+        undo_notes()
+        undo() # and give memory back
         half = self.sizes.halve(train, kind, bs)
         if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {half}")
     if train: self.bs = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
@@ -203,16 +226,22 @@ def _undo_grads(self:MicroBatch, learn):
 @patch
 def _explain(self:MicroBatch, e, oom, n, bs):
     "Say in the error `e` of `bs` samples at once what to do, if no smaller number will be tried"
-    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}",)
+    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}{self._beside(bs, n)}",)
     if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n:
         e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)
 
 def _let_go(d):
-    "Detach tensors in dict `d` from their graph"
+    "Detach tensors in dict `d` from their graph; parameters have none, and stay"
+    def graph(o): return isinstance(o, Tensor) and o.grad_fn is not None
     for k,v in d.items():
-        if isinstance(v, Tensor) or isinstance(v, (list,tuple)) and any(isinstance(t, Tensor) for t in v): d[k] = nested(_detach, v)
+        if graph(v) or isinstance(v, (list,tuple)) and any(map(graph, v)): d[k] = nested(lambda t: t.detach() if graph(t) else t, v)
 
 def _detach(o): return o.detach() if isinstance(o, Tensor) and o.requires_grad else o
+
+@patch
+def _beside(self:MicroBatch, bs, n):
+    readers = ['`preds`=True'] if self.preds else self._readers()
+    return f". The outputs of all {n} are kept for {', '.join(map(str, readers))}" if readers and bs<n else ''
 
 @patch
 def _advice(self:MicroBatch, bs):
@@ -223,10 +252,10 @@ def _advice(self:MicroBatch, bs):
 class Passes:
     "The micro-batches of a batch, while their forward and backward passes run"
     def __init__(self, learn, parts, ns, win, depth):
-        self.learn,self.parts,self.ns,self.win,self.depth = learn,parts,ns,win,depth
+        self.learn,self.parts,self.ns,self.win,self.depth,self.outputs = learn,parts,ns,win,depth,None # what the model returned, if somebody is to read it
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *_inner),Sliced(),None,[]
         self.watched,self.c = False,None # in validation: is the loss computed with a graph; what it showed
-        self.all_counted,self.preds,self.seen,self.hidden = True,[],[],[] # what the model returned; losses with what they divide by; hidden states
+        self.all_counted,self.seen,self.hidden = True,[],[] # losses with what they divide by; hidden states
         self.versions = [self._version(yb) for _,yb in parts]
 
     @staticmethod
@@ -287,11 +316,20 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     known = learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
     self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low)
     if learn.training: self.win.watch(self.ends)
+    micro = [x for x,_ in parts],ns
+    if self.sync_loss: parts,ns,bs = [(xb,self._whole_targets(yb, parts, ns))],[n],n # for all but the model, it is one
     passes = Passes(learn, parts, ns, self.win, self.depth)
+    passes.micro = micro
+    if len(ns)==1 or self.preds or self._readers(): passes.outputs = Outputs(ns)
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
     return passes
+
+@patch
+def _readers(self:MicroBatch):
+    "Callbacks that may read the outputs of the whole batch"
+    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, self.preds is None)]
 
 @patch
 def _micro(self:MicroBatch, learn, one, passes, i, outs):
@@ -304,18 +342,19 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     if self._ddp: learn.model.require_backward_grad_sync = last and not self.wait
     self.moments.micro()
     try:
-        with answering(learn.model, outs[i]) if outs else nullcontext(): one()
+        with answering(learn.model, outs[i], learn.xb) if outs else nullcontext(): one()
     finally: passes.unwatch()
     if learn.training and len(learn.yb) and win.asked is None:
         raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
                          "use `AccumulateStep`")
     passes.note(learn, None if learn.training else self.normalize)
+    learn.pred = _NotKept # the next micro-batch has the memory
 
 @patch
 def note(self:Passes, learn, normalize):
     "Keep what micro-batches came to; in validation, their losses weigh what `normalize` says"
     win,yb = self.win,learn.yb
-    self.preds.append(nested(_detach, learn.pred))
+    if self.outputs is not None: self.outputs.add(nested(_detach, learn.pred))
     self.hidden.append([m.hidden for m in self.states])
     if not len(yb): return
     if not learn.training: c = loss_count(learn.loss_func, learn.pred, yb, learn.xb, normalize, learn=learn) if self.c is None else self.c
@@ -357,7 +396,8 @@ def _join_all(self:MicroBatch, learn, passes):
     "Let prediction and loss be those of the batch, and give gradients their scale"
     win,seen = self.win,passes.seen
     gathers = not learn.training and any(isinstance(cb, GatherPredsCallback) for cb in learn.cbs)
-    learn.pred,learn.loss_grad = joined(passes.ns, *passes.preds, lists=not gathers, varied=self.varied) if len(passes.parts)>1 else passes.preds[0],None
+    if passes.outputs is not None: learn.pred = passes.outputs.joined(lists=not gathers, varied=self.varied)
+    learn.loss_grad = None
     for m,*hs in zip(passes.states, *passes.hidden): m.hidden = nested(lambda *h: torch.cat(h, 1), *hs)
     if not seen: return
     if learn.training:
@@ -370,7 +410,7 @@ def _join_all(self:MicroBatch, learn, passes):
 def _joined_loss(learn, win, seen):
     "The loss of a batch, of which `seen` has the losses of micro-batches and what they divide by"
     if learn.loss.ndim and (loss_option(learn.loss_func, 'reduction')=='none' or any(l.numel()>1 for l,_ in seen)): return torch.cat([l for l,_ in seen])
-    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill(win.total==0, 0)
+    if len(seen)==1: return seen[0][0] if win.total is None else seen[0][0].masked_fill((win.total==0).to(seen[0][0].device), 0)
     if not win.count: # in validation, or if no backward pass was made
         for l,c in seen: win.add(l, c)
     return win.mean_loss if learn.training or win.reduction=='none' else win.loss/win.denom # nan if nothing counts, as without the callback
@@ -405,8 +445,12 @@ def _slice_others(self:MicroBatch, passes, xb, n, bs):
     passes.states = self._stateful()
     for m in passes.states:
         if m.bs!=n: m._change_hidden(n) # as its forward pass does
-        add(m, 'hidden', m.hidden, [nested(lambda h: h[:,i:j].contiguous(), m.hidden) for i,j in zip(cuts, cuts[1:])])
-        add(m, 'bs', n, ns)
+        _slice_hidden(passes.sliced, m, ns)
+
+def _slice_hidden(sliced, m, ns):
+    cuts = list(itertools.accumulate(ns, initial=0))
+    sliced.add(m, 'hidden', m.hidden, [nested(lambda h: h[:,i:j].contiguous(), m.hidden) for i,j in zip(cuts, cuts[1:])])
+    sliced.add(m, 'bs', cuts[-1], ns)
 
 @patch
 def _stateful(self:MicroBatch):
@@ -418,12 +462,22 @@ def _stateful(self:MicroBatch):
 @contextmanager
 def answering(
     model, # A module
-    answer # A function that returns what it has computed already
+    answer, # A function that returns what `model` makes of `xb`
+    xb # A tuple of inputs
 ):
     "Let the next call of `model` return `answer()`"
-    todo = [answer]
-    def call(*args, **kwargs): return todo.pop()() if todo else type(model)._call_impl(model, *args, **kwargs)
-    with stand_in(model, '_call_impl', call): yield
+    todo,own = [answer],vars(model).get('_compiled_call_impl') # of `model.compile()`
+    def call(*args, **kwargs):
+        if not todo: return own(*args, **kwargs) if own else type(model)._call_impl(model, *args, **kwargs)
+        if kwargs or len(args)!=len(xb) or any(a is not x for a,x in zip(args, xb)):
+            raise ValueError(f"{type(model).__name__} is called with other inputs than those of the batch, `learn.xb`, for which `sync_bn`=True or `sync_loss`=True has its outputs: "
+                             "change them in a callback's `before_batch`, or use `AccumulateStep`")
+        return todo.pop()()
+    name = '_compiled_call_impl' if own else '_call_impl'
+    was = vars(model).get(name)
+    vars(model)[name] = call # a compiled model would set the attribute of what it has compiled
+    try: yield
+    finally: vars(model).pop(name) if was is None else vars(model).update({name:was})
 
 @patch
 @contextmanager
@@ -432,22 +486,84 @@ def _norms(self:MicroBatch, passes):
     learn = passes.learn
     model = learn.model
     inner = model.module if self._ddp else model
-    xs = [x for x,_ in passes.parts]
+    xs,ns = passes.micro
+    norms = self.sync_bn if batch_norms(inner) else False
+    if self.known is None: self.known = {}
     self.moments.drop()
-    if len(xs)==1 or not self.sync_bn or not batch_norms(inner): yield None
-    elif self.sync_bn=='stats':
+    if len(xs)==1 and self.sync_loss: yield [partial(self._agreed, partial(model, *learn.xb))]
+    elif len(xs)==1 or not norms and not self.sync_loss: yield None
+    elif norms is not True and self.sync_loss: yield [self._one_loss(passes, self._two_passes(passes, norms))]
+    elif norms=='stats':
         with norms_by([inner], self.moments): yield None
         self.moments.flush()
     else:
-        passes.defer()
+        if not self.sync_loss: passes.defer()
         if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
         if self.fitting and self.threads is None: self.threads = Lockstep()
         with jointly(inner, xs, self.offload, self.threads) as forward:
             if not self._ddp: forward()
-            else: # it prepares itself for a backward pass in its forward pass
-                model.require_backward_grad_sync,first = not self.wait,inner.forward
-                with stand_in(inner, 'forward', lambda *args: forward(first)): forward.outs = model(*learn.xb)
-            yield [partial(forward.answer, i) for i in range(len(xs))]
+            elif self.sync_loss: self._agreed(partial(self._forward_in_ddp, learn, forward))
+            else: self._forward_in_ddp(learn, forward)
+            yield [self._one_loss(passes, OnePass(forward.outs, ns, forward.notes, self.known, OfFewer(inner, xs[0], ns[0])))] if self.sync_loss else [partial(forward.answer, i) for i in range(len(xs))]
+
+# %% ../nbs/10_microbatch.ipynb #c0de0002
+@patch
+def _forward_in_ddp(self:MicroBatch, learn, forward):
+    "The passes in lock-step within that of a `DistributedDataParallel`, which prepares itself for a backward pass there"
+    model,first = learn.model,learn.model.module.forward
+    model.require_backward_grad_sync = not self.wait
+    with stand_in(model.module, 'forward', lambda *args: forward(first)): forward.outs = list(model(*learn.xb))
+
+@patch
+def _agreed(self:MicroBatch, forward):
+    "What `forward` returns, if there was enough memory in all processes that find a size together, as a loss may wait for all of them"
+    res = oom = None
+    try: res = forward()
+    except BaseException as e:
+        if not is_oom(e): raise
+        oom = e
+    if self._anywhere(oom is not None): raise oom or torch.OutOfMemoryError('out of memory in another process')
+    return res
+
+@patch
+def _whole_targets(self:MicroBatch, yb, parts, ns):
+    "The targets of the batch, in the order of its `parts`"
+    if self.split is None or len(parts)==1 or not len(yb): return yb
+    try: return joined(ns, *(tuple(y) for _,y in parts), lists=False, name='yb')
+    except ValueError as e: raise ValueError(f"`split`={self.split!r} beside `sync_loss`=True: one loss is computed from the targets of all parts, and these can't be joined: let it return "
+                                             "one entry for each sample, of one shape in all parts") from e
+
+@patch
+def _two_passes(self:MicroBatch, passes, norms):
+    "The passes of micro-batches, with what is to be theirs: hidden states, and what the running statistics of BatchNorms move by"
+    model,(xs,ns),states,sliced,left = passes.learn.model,passes.micro,passes.states,Sliced(),[]
+    if self._ddp and passes.learn.training: self._take_buffers(model)
+    for m in states: _slice_hidden(sliced, m, ns)
+    @contextmanager
+    def around(i, again):
+        sliced.take(i)
+        self.moments.micro()
+        yield
+        if not again: left.append([m.hidden for m in states])
+    @contextmanager
+    def around_all(again):
+        if not again: left.clear()
+        with norms_by([model], self.moments) if norms else nullcontext(): yield
+        self.moments.drop() if again else self.moments.flush()
+        for m,*hs in zip(states, *left): m.hidden,m.bs = nested(lambda *h: torch.cat(h, 1), *hs),sum(ns)
+    return TwoPasses(model, xs, ns, around, around_all, self.known)
+
+@patch
+def _one_loss(self:MicroBatch, passes, all_passes):
+    "Let the backward pass go by the outputs of `all_passes`, and return the function that computes these"
+    learn = passes.learn
+    def later():
+        all_passes.check(learn.loss_grad)
+        learn._backward()
+        all_passes.backward()
+    passes.later = later
+    return partial(self._agreed, all_passes.forward)
+
 
 # %% ../nbs/10_microbatch.ipynb #8f77ccc9
 @patch(as_prop=True)
@@ -458,7 +574,13 @@ def _wait(self:MicroBatch):
     "Is communication to wait until all is computed: because it may have to be repeated, or its scale is known only then?"
     learn = self.learn
     known = self.normalize!='auto' or self._reduction(learn)!='mean' or known_by_type(plain_loss(learn))
-    return self.auto or self.split is not None or callable(self.normalize) or not known
+    return self.sync_loss or self.auto or self.split is not None or callable(self.normalize) or not known
+
+@patch
+def _take_buffers(self:MicroBatch, model):
+    "Take buffers from the first process, as the next forward pass would, so that all that follow begin with the same"
+    if model._check_sync_bufs_pre_fwd(): model._sync_buffers()
+    model.require_forward_param_sync = False
 
 @patch
 def _sharded(self:MicroBatch):
@@ -469,7 +591,7 @@ def _sharded(self:MicroBatch):
 @patch
 def _check_sharded(self:MicroBatch, kind):
     "A `ValueError` if a model that several processes share can't be computed in micro-batches"
-    if self._wait():
+    if self._wait() and not self.sync_loss:
         raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
                          f"together in {self}: leave out `normalize` and `split`, and the loss's `denominator`; for a loss of your own that is a mean over samples, pass `normalize`='samples'")
     if self.sync_bn is True and batch_norms(self.model):
@@ -497,7 +619,7 @@ def clash(self:MicroBatch, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
     if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_microbatch(...)` puts one in"
-    if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction(self.learn)!='mean':
+    if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction(self.learn)!='mean' and not self.sync_loss:
         return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
     known = 'AWD_LSTM','WeightDropout','SentenceEncoder','SequentialRNN','DistributedDataParallel'
     other = first(m for m in self.model.modules() if hasattr(m, 'reset') and not any(c.__name__ in known for c in type(m).__mro__))

@@ -79,6 +79,9 @@ class NoiseScale(Callback):
         if self.acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
             raise ValueError(f"{self} beside {self.acc}(sync_bn=True): all micro-batches have one backward pass, "
                              "so the first one's gradient can't be seen. Take `sync_bn='stats'`")
+        if getattr(self.acc, 'sync_loss', False):
+            raise ValueError(f"{self} beside {self.acc}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
+                             "if the loss is a mean over samples")
         self.rows,self.win = [],None
 
     def after_backward(self):
@@ -87,8 +90,9 @@ class NoiseScale(Callback):
         self.seen += n_samples(self.yb, self.xb)
         if win.last or win.count&(win.count-1): return # after 1, 2, 4, 8, ... micro-batches
         b = self.seen if win.reduction=='none' else win.denom
-        s = self._sq_norm()*win.ref**2 # of the sum
-        self.sums.append(torch.stack([s.new_zeros(())+b, s]))
+        s = self._sq_norm()
+        s = s*beside(win.ref, s)**2 # of the sum
+        self.sums.append(torch.stack([s.new_zeros(())+beside(b, s), s]))
 
     def before_step(self):
         win,model,G2_B = self._window(),self.learn.model,self._sq_norm()
@@ -116,17 +120,18 @@ def _window(self:NoiseScale):
 @patch
 def _sq_norm(self:NoiseScale):
     "The squared norm of the gradients, without the scale of mixed precision"
-    norms = torch.stack(torch._foreach_norm(self.acc.win.f32.grads(self.model.parameters())))
+    norms = [torch.stack(torch._foreach_norm(gs)) for gs in by_device(self.acc.win.f32.grads(self.model.parameters()))]
+    norms = torch.cat([o.to(norms[0].device) for o in norms])
     norm = norms.to(torch.promote_types(norms.dtype, torch.float32)).norm()
     scale = getattr(getattr(self.learn, 'scaler', None), '_scale', None) # not `get_scale()`, which waits for the device
-    return (norm/(1 if scale is None else scale))**2
+    return (norm/(1 if scale is None else beside(scale, norm)))**2
 
 @patch
 def _own_sums(self:NoiseScale, win, n_proc, like):
     "This process's shares of r and h up to its largest b, of s_b, b**2 and B-b there, of q, and of n"
     B = win.denom if win.reduction!='none' else self.seen
     if win.reduction!='none' and win.pooled: B = B/n_proc # it was that of all processes
-    B = like.new_zeros(())+B
+    B = like.new_zeros(())+beside(B, like)
     b,s = torch.stack([like.new_zeros(2), *self.sums]).T
     w = 1/(b[1:]+b[:-1]).clamp(min=1e-30)
     res = torch.stack([(s.diff()*w).sum(), (b.diff()*w).sum(), s[-1], b[-1]**2, B-b[-1], B])
@@ -215,7 +220,7 @@ def _split_finer(acc, bs):
     "`acc`, or one that takes an eighth of a batch of `bs`, if all of that fits in a micro-batch of `acc`"
     if not bs or acc.bs!='auto' and acc.bs<bs: return _free(acc)
     eighth = max(math.ceil(bs/8), min(2, bs//2)) # of two samples, if that leaves two parts
-    return MicroBatch(eighth, acc.normalize, acc.split, acc.sync_bn, acc.offload)
+    return MicroBatch(eighth, acc.normalize, acc.split, acc.sync_bn, acc.offload, sync_loss=acc.sync_loss)
 
 def _accumulate_more(acc, bs, n_batches):
     "`acc`, or one with windows of eight batches, if there is none or its windows are of one batch"

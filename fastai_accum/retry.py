@@ -6,19 +6,33 @@
 __all__ = ['is_oom', 'Undo', 'drop_grads', 'set_aside', 'Sizes', 'size_kind']
 
 # %% ../nbs/05_retry.ipynb #3b9ce2b0
-import gc,random
+import gc,random,re
 from fastai.basics import *
 from .split import *
 
 # %% ../nbs/05_retry.ipynb #4bbef455
-_oom_texts = ('out of memory', 'CUDNN_STATUS_ALLOC_FAILED', 'CUDNN_STATUS_NOT_SUPPORTED', 'CUBLAS_STATUS_ALLOC_FAILED',
-              'CUBLAS_STATUS_NOT_INITIALIZED', "DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory')
+_oom_texts = { # patterns, and whose text it is
+    r'[Oo]ut of memory': "PyTorch's allocators for CUDA, HIP, XPU and MPS (`CUDACachingAllocator.cpp`, `MPSAllocator.mm`), the CUDA and HIP runtime and driver, NCCL",
+    r'NVML_SUCCESS == r INTERNAL ASSERT FAILED': "`CUDACachingAllocator.cpp`, where it can't read from the driver how much memory is taken",
+    r'(GET|FIND) was unable to find an engine to execute this computation': "`Conv_v8.cpp`, which passes over each cuDNN engine that finds no memory",
+    r'Unable to find a valid (cuDNN|MIOpen) algorithm to run convolution': "`Conv_v7.cpp`, the same for older versions of cuDNN",
+    r'CUDNN_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|NOT_SUPPORTED|INTERNAL_ERROR(_(DEVICE|HOST)_ALLOCATION_FAILED)?)\b': "cuDNN; from version 9 on, longer names tell of other reasons",
+    r'\b(CU|HIP)(BLAS|SOLVER|SPARSE)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR)\b': "cuBLAS, cuSOLVER, cuSPARSE and AMD's, by `aten/src/ATen/cuda/Exceptions.h`",
+    r'CUDA error: (allocation failed|insufficient resources) when calling `cusparse': "cuSPARSE, by its `cusparseGetErrorString`",
+    r'\b(CU|HIP)FFT_(ALLOC_FAILED|INTERNAL_ERROR)\b': "cuFFT and AMD's, by `CuFFTUtils.h`",
+    r'miopenStatus(AllocFailed|NotInitialized|InternalError)\b': "AMD's MIOpen",
+    r'\b(UR_RESULT|PI)_ERROR_(OUT_OF_(DEVICE_MEMORY|HOST_MEMORY|RESOURCES)|MEM_OBJECT_ALLOCATION_FAILURE)\b': "Intel's SYCL runtime, for XPU",
+    r'Invalid buffer size: [\d.]+ [MGT]i?B': "`MPSAllocator.mm`, for a tensor that is larger than a buffer of Metal's may be",
+    r'kIOGPUCommandBufferCallbackErrorOutOfMemory': "Apple's Metal",
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory": "`alloc_cpu.cpp`",
+    r'std::bad_alloc': "C++, in whatever allocates on the host"}
+_is_oom_text = re.compile('|'.join(_oom_texts)).search
 
 def is_oom(
     e:Exception # What was raised
 )->bool:
     "Was there not enough memory, on an accelerator or the CPU?"
-    return isinstance(e, torch.OutOfMemoryError) or isinstance(e, RuntimeError) and any(o in str(e) for o in _oom_texts)
+    return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e, RuntimeError) and _is_oom_text(str(e)) is not None
 
 # %% ../nbs/05_retry.ipynb #50b3aca9
 class Undo:

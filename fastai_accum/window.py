@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'window_size', 'check_args', 'low_precision',
-           'Float32Sums', 'Window', 'ends', 'rescale', 'several_processes', 'reduce_grads', 'WarnMixed']
+           'Float32Sums', 'beside', 'by_device', 'Window', 'ends', 'rescale', 'check_no_graphs', 'several_processes',
+           'reduce_grads', 'WarnMixed']
 
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
@@ -135,7 +136,7 @@ class Float32Sums:
         self.reduces,res = reduces,set(self.sums)
         for p in res:
             b = self.sums[p]
-            if isinstance(scale, torch.Tensor) or scale!=1: b.mul_(scale)
+            if isinstance(scale, torch.Tensor) or scale!=1: b.mul_(beside(scale, b))
             p.grad = self._rounded(b if reduces else self.sums.pop(p), p)
         return res
 
@@ -161,6 +162,20 @@ class Float32Sums:
 
     def __del__(self): self.stop()
     def __reduce__(self): return Float32Sums,() # a copy of a window has none of its parameters
+
+# %% ../nbs/01_window.ipynb #13bc77db
+def beside(
+    c, # A number or a one-element tensor, or several
+    like # What it is to be computed with
+): # `c`, on the device of `like` unless it is on the host
+    return c.to(like.device) if isinstance(c, torch.Tensor) and isinstance(like, torch.Tensor) and c.device.type!='cpu' else c
+
+def by_device(
+    ts # Tensors
+)->list: # Lists of them, one for each device
+    res = {}
+    for t in ts: res.setdefault(t.device, []).append(t)
+    return list(res.values())
 
 # %% ../nbs/01_window.ipynb #13bc77dc
 class Window:
@@ -217,7 +232,7 @@ class Window:
         if isinstance(c, torch.Tensor):
             if c.is_meta and not loss.is_meta: raise ValueError(f"the denominator of a micro-batch is {c!r}, on the 'meta' device, which has no values: return a number, or a tensor on {loss.device}")
             self._no_nan(c, sources)
-            c = c.to(torch.promote_types(loss.dtype, torch.float32))
+            c = beside(c, loss).to(torch.promote_types(loss.dtype, torch.float32))
         else: guess = c
         if self.ref is None: self.ref = guess*self.expect/self.n
         self.c,self.f32.on = c,True
@@ -271,6 +286,7 @@ def _known_share(self:Window, loss):
     "Weigh the loss of the current micro-batch by the share that it has in `counts`"
     dtype,i = torch.promote_types(loss.dtype, torch.float32),self.begun-1
     if self.shares is None:
+        self.counts,self.total,self.ref = (beside(o, loss) for o in (self.counts,self.total,self.ref))
         counts = self.counts.to(dtype)
         self.known,self.shares = counts.unbind(),(counts/self.ref).unbind()
     self.c,self.asked,self.f32.on = self.known[i],self.known[i],True
@@ -336,6 +352,10 @@ def denom(self:Window):
     if self.denoms and all(isinstance(c, torch.Tensor) for c in self.denoms): return torch.stack([c.reshape(()) for c in self.denoms]).sum()
     return sum(self.denoms)
 
+def _beside(c, like):
+    "`c` as a tensor of type and device of `like`; a number is written there by the device, as it waits for a copy from the host"
+    return c.reshape(()).to(like, non_blocking=True) if isinstance(c, torch.Tensor) else like.new_full((), c)
+
 @patch(as_prop=True)
 def loss(self:Window):
     "The losses of the micro-batches, each times what it divides by, together"
@@ -344,13 +364,13 @@ def loss(self:Window):
     losses = torch.stack(self.losses)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32)) # in which a sum over elements does not overflow
     if self.reduction!='mean': return losses.sum()
-    c = torch.stack([torch.as_tensor(c, dtype=losses.dtype, device=losses.device).reshape(()) for c in self.denoms])
+    c = torch.stack([_beside(c, losses) for c in self.denoms])
     return (losses*c).masked_fill(c==0, 0).sum()
 
 @patch
 def _no_nan(self:Window, c, sources):
     "Let no gradient go on from `sources` where `c` is 0"
-    def masked(g): return g.masked_fill(c==0, 0)
+    def masked(g): return g.masked_fill((c==0).to(g.device), 0)
     self.hooks = [o.register_hook(masked) for o in tree_leaves(sources) if isinstance(o, torch.Tensor) and o.requires_grad]
 
 @patch
@@ -362,7 +382,10 @@ def _unhook(self:Window):
 def _over(self:Window, v):
     "`v` over what the window counted, 0 if that is nothing"
     if self.reduction=='none': return v
-    return (v/self.denom).masked_fill(self.denom==0, 0) if isinstance(self.denom, torch.Tensor) else v/self.denom
+    denom = beside(self.denom, v)
+    if not isinstance(denom, torch.Tensor): return v/denom
+    res = v/denom
+    return res.masked_fill((denom==0).to(res.device, non_blocking=denom.device.type=='cpu'), 0)
 
 @patch(as_prop=True)
 def scale(self:Window):
@@ -427,9 +450,8 @@ def rescale(
     params, # Parameters, with or without gradient
     scale # A number or a one-element tensor
 ):
-    "Multiply the gradients of `params` by `scale` in place, in one fused call"
-    grads = [p.grad for p in params if p.grad is not None]
-    if grads: torch._foreach_mul_(grads, scale)
+    "Multiply the gradients of `params` by `scale` in place, in one fused call for each device that they are on"
+    for grads in by_device(p.grad for p in params if p.grad is not None): torch._foreach_mul_(grads, beside(scale, grads[0]))
 
 @patch
 def _rescale(self:Window, params, scale, reduces=False):
@@ -461,6 +483,16 @@ def close(self:Window,
     return ddp is not None or self.count>0
 
 # %% ../nbs/01_window.ipynb #f5def219
+def check_no_graphs(
+    model # A module
+):
+    "A `ValueError` if CUDA graphs would overwrite what is kept of earlier micro-batches"
+    for m in model.modules():
+        config = getattr(m if hasattr(m, '_orig_mod') else m._compiled_call_impl, 'get_compiler_config', lambda: None)()
+        if config and config.get('triton.cudagraphs'):
+            raise ValueError(f"{type(m).__name__} is compiled with CUDA graphs, which write a micro-batch's outputs and gradients where the last one's were: "
+                             "leave out `mode='reduce-overhead'`, and take 'max-autotune-no-cudagraphs' in place of 'max-autotune'")
+
 def several_processes():
     "Is this one of several processes?"
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1
@@ -488,7 +520,7 @@ def pool(self:Window,
     self._settle()
     group,like = ddp.process_group,next(ddp.parameters())
     n,t = group.size(),torch.zeros(2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    for o,v in zip(t, (self.denom,self.loss)): o += v # these may be on the device: nothing is to be read here
+    for o,v in zip(t, (self.denom,self.loss)): o += beside(v, o) # these may be on the device: nothing is to be read here
     torch.distributed.all_reduce(t, group=group)
     self.totals = t
     if self.ref is None: self.ref = 1
@@ -496,15 +528,16 @@ def pool(self:Window,
     self._rescale(params, scale, reduces=True)
     self.f32.on = loss is not None
     self.note()
-    return scale
+    return beside(scale, loss)
 
 # %% ../nbs/01_window.ipynb #71132ddb
 class WarnMixed:
     "Warns, once in a fit, of a loss whose micro-batches no one number weighs, and of gradients that are written by hand"
     def __init__(self,
-        large:str='the large batch' # What the run is to be that of
+        large:str='the large batch', # What the run is to be that of
+        cure:str='' # What to do about it
     ):
-        self.large = large
+        self.large,self.cure = large,cure
         self.begin()
 
     def begin(self):
@@ -515,7 +548,7 @@ class WarnMixed:
         loss_func, # The loss
         why:str="adds up parts that divide by different numbers, such as targets that count and samples" # What about it
     ):
-        if not self.told: warn(f"{loss_func} {why}: no one number weighs its micro-batches, and the run may not be quite {self.large}'s")
+        if not self.told: warn(f"{loss_func} {why}: no one number weighs its micro-batches, and the run may not be quite {self.large}'s{self.cure}")
         self.told = True
 
     def see(self,

@@ -1,5 +1,5 @@
 "Two processes with gloo on the CPU, for the cases of a test file, which is also what they run"
-import os,subprocess,sys,time
+import multiprocessing,os,runpy,sys,time
 from datetime import timedelta
 import pytest
 from common import *
@@ -10,6 +10,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from fastai.distributed import DistributedDL
 
 WORLD,LIMIT = 2,120
+forks = multiprocessing.get_context('forkserver') # of a process that has only imported what takes long: without threads, and without what tests leave behind
+forks.set_forkserver_preload(['fastai.vision.all','fastai.distributed','accelerate'])
 
 def work_on(cases, work):
     "In each of the processes: save what `work(case)` returns for each of `cases`"
@@ -27,22 +29,26 @@ def work_on(cases, work):
         (path/f'{i}.{rank}.part').rename(path/f'{i}.{rank}')
     torch.distributed.destroy_process_group()
 
+def start(file, rank, path):
+    "What `python file rank path` does, in a fork"
+    log = os.open(path/f'log{rank}', os.O_CREAT|os.O_WRONLY)
+    for out in (1,2): os.dup2(log, out)
+    os.environ.update(WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), RANK=str(rank), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES='')
+    sys.argv = [file,str(rank),str(path)]
+    runpy.run_path(file, run_name='__main__')
+
 def in_two(file, path, cases):
     "Run `file` in two processes that meet in `path`; a function of a case's name that returns what each of them saved"
-    env,ps = {**os.environ, 'WORLD_SIZE':str(WORLD), 'LOCAL_WORLD_SIZE':str(WORLD), 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join(sys.path), 'CUDA_VISIBLE_DEVICES':''},[]
-    logs = [path/f'log{r}' for r in range(WORLD)]
+    ps = [forks.Process(target=start, args=(file, r, path)) for r in range(WORLD)]
     try:
-        for r in range(WORLD):
-            with open(logs[r], 'w') as f: ps.append(subprocess.Popen([sys.executable, '-W', 'ignore', file, str(r), str(path)], stdout=f, stderr=f, env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}))
+        for p in ps: p.start()
         end = time.time()+LIMIT
-        while time.time()<end and all(p.poll() is None for p in ps): time.sleep(0.1)
-        for p in ps:
-            try: p.wait(max(0, min(5, end-time.time())))
-            except subprocess.TimeoutExpired: pass
+        while time.time()<end and all(p.exitcode is None for p in ps): time.sleep(0.1)
+        for p in ps: p.join(max(0, min(5, end-time.time())))
     finally:
-        for p in ps: p.kill(); p.wait()
+        for p in ps: p.kill(); p.join()
     def load(name):
         i = list(cases).index(name)
-        if not all((path/f'{i}.{r}').exists() for r in range(WORLD)): pytest.fail(f'rank 0 and 1 ended with {[p.returncode for p in ps]}\n' + '\n'.join(f.read_text()[-2500:] for f in logs))
+        if not all((path/f'{i}.{r}').exists() for r in range(WORLD)): pytest.fail(f'rank 0 and 1 ended with {[p.exitcode for p in ps]}\n' + '\n'.join((path/f'log{r}').read_text()[-2500:] for r in range(WORLD)))
         return [torch.load(path/f'{i}.{r}', weights_only=False) for r in range(WORLD)]
     return load

@@ -2,6 +2,7 @@
 import contextvars,gc,itertools,os,signal,sys,threading,time,traceback,types,weakref,_thread
 import pytest
 from contextlib import contextmanager,nullcontext
+from functools import cache
 from hypothesis import example,given,settings,strategies as st
 from torch.amp import autocast
 from torch.autograd.graph import saved_tensors_hooks
@@ -406,13 +407,16 @@ BESIDE = {'GradientClip':dict(cbs=lambda: [GradientClip(0.05)]), 'ActivationStat
 @pytest.mark.parametrize('o', BESIDE)
 def test_beside(o): same(**BESIDE[o])
 
+def seeded(s): seed(s); return Res()
+@cache
+def in_full(s): return run(one(dtype=f32, model=partial(seeded, s)), fit)
+
 @pytest.mark.parametrize('mode', ('bf16','fp16'))
 def test_MixedPrecision(mode):
     "As near to full precision as the whole batch is, after every step, in the mean of some runs, as what rounding makes of one is chance"
     off = {}
     for s in range(7, 15):
-        def model(): seed(s); return Res()
-        full,large,small = (run(one(acc, dtype=f32, cbs=cbs, model=model), fit) for acc,cbs in ((None,list), (None,mixed(mode)), (exact(),mixed(mode))))
+        full,large,small = in_full(s),*(run(one(acc, dtype=f32, cbs=mixed(mode), model=partial(seeded, s)), fit) for acc in (None,exact()))
         assert large.mixed.seen==small.mixed.seen and large.recorder.lrs==small.recorder.lrs
         for name,l in dict(large=large, small=small).items():
             weights = [[rel(f[k], a[k]) for f,a in zip(full.trace.steps, l.trace.steps)] for k in ('weights','state')]
@@ -896,7 +900,7 @@ CONTEXTS = {'nothing':nullcontext, 'bf16':lambda: autocast('cpu', dtype=bf16), '
             'autocast off':lambda: autocast('cpu', enabled=False), 'no_grad':torch.no_grad, 'inference_mode':torch.inference_mode, 'device':lambda: torch.device('meta'), 'dtype':default_dtype,
             'anomaly':lambda: torch.autograd.detect_anomaly(check_nan=False), 'context variable':told}
 @pytest.mark.parametrize('o', CONTEXTS)
-def test_thread_state(o):
+def testcompute_state(o):
     "Threads compute as the one that started them, and leave that as it was"
     seen = []
     m = probed(lambda x: seen.append(state()))
@@ -1231,6 +1235,43 @@ def test_offload_sees_changes(hosts):
             del t
     (used.sum()+sum(xs).sum()).backward()
     assert torch.equal(w.grad, torch.arange(50., dtype=f64)+1+sum(range(20)))
+
+def test_offload_comes_back_once(monkeypatch, hosts):
+    "What two operations have saved goes out once and comes back once, and nothing is held on the device after the last has asked"
+    went,came = [],[]
+    class Counted(batchnorm.Away):
+        def __init__(self, t): super().__init__(t); went.append(self)
+        def back(self):
+            held = self.here
+            res = super().back()
+            if held is None: came.append(self)
+            return res
+    monkeypatch.setattr(batchnorm, 'Away', Counted)
+    model = resnet18(num_classes=3).double()
+    with jointly(model, [(o,) for o in torch.randn(6, 3, 32, 32, dtype=f64).split(2)], 'cpu') as forward: sum(o.square().sum() for o in forward()).backward()
+    (packed,copied), = hosts.logs
+    assert len(went)==len(copied)<len(packed) and len(came)==len(set(map(id, came)))<=len(went)
+    assert all(o.here is None for o in went) and sum(o.n for o in went)==0
+
+def test_offload_twice(hosts):
+    "A second backward pass gets it again"
+    w,off = torch.ones(3, dtype=f64, requires_grad=True),Host()
+    with off():
+        x = torch.arange(3., dtype=f64)
+        y = (w*x + w*w*x).sum()
+    a,b = (torch.autograd.grad(y, w, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(a, 3*x)
+
+def test_offload_that_does_not_fit(monkeypatch, hosts):
+    "The host's memory is looked at before it is full, in the first batch"
+    monkeypatch.setattr(batchnorm, 'host_memory', lambda: 2**14)
+    small = one(exact())
+    with pytest.raises(RuntimeError, match="`offload`='cpu'.*smaller batch, or `offload`=None"): run(small, fit)
+    clean(small)
+    run(one(exact(offload=None)), fit)
+    monkeypatch.undo()
+    assert Offload().stays(types.SimpleNamespace(device=torch.device('mps')))
+    assert 2**28 < batchnorm.host_memory() < 2**50
 
 class Saved:
     def __init__(self, t): self.t = t.detach() # an output that is saved as it is would keep itself alive

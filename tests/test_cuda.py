@@ -1,5 +1,5 @@
 "On a GPU: real mixed precision, the memory of a micro-batch, and no waiting for the device within a window"
-import gc
+import gc,resource,threading
 import pytest
 from fastai.vision.all import models
 from fastai_accum import batchnorm
@@ -68,12 +68,14 @@ def bare(dl, model, loss_func, *cbs):
 def stem(): # the part of a ResNet that has few parameters and large activations
     return nn.Sequential(*list(models.resnet18().children())[:6], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
-def peak(bs, *cbs):
-    "Bytes in use at the peak of a second fit of 64 pictures in batches of `bs`, and those of the gradients"
+def one_class(): return torch.randn(64, 3, 64, 64),torch.arange(64)%10
+
+def peak(bs, *cbs, model=stem, data=one_class, loss=nn.CrossEntropyLoss()):
+    "Bytes in use at the peak of a second fit of 64 samples in batches of `bs`, and those of the gradients"
     gc.collect()
     before = torch.cuda.memory_allocated()
     seed()
-    l = bare(batches(torch.randn(64, 3, 64, 64), torch.arange(64)%10, bs), stem(), nn.CrossEntropyLoss(), *cbs)
+    l = bare(batches(*data(), bs), model(), loss, *cbs)
     l.fit(1, 1e-3)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -88,6 +90,19 @@ def test_memory():
     print(f'plain bs=8 {plain}, AccumulateStep(8) {small}, plain bs=64 {large}, gradients {grads} bytes')
     assert plain > 4*grads # so there is something to save
     assert small <= 1.01*plain + grads and small < large/2
+
+# name: model, data, loss
+LARGE = {'language model':dict(model=lambda: nn.Sequential(nn.Embedding(8000, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8000)), data=lambda: (x := torch.randint(8000, (64, 64)),x), loss=CrossEntropyLossFlat()),
+         'U-Net':dict(model=lambda: models.unet.DynamicUnet(nn.Sequential(*list(models.resnet18().children())[:6]), 21, (64,64)), data=lambda: (torch.randn(64, 3, 64, 64),torch.randint(21, (64, 64, 64))), loss=CrossEntropyLossFlat(axis=1))}
+
+@pytest.mark.parametrize('kind', LARGE)
+def test_memory_of_large_outputs(kind):
+    "So they do where outputs are large, and what a model returned for a micro-batch does not stay"
+    kw = LARGE[kind]
+    peak(8, **kw)
+    (plain,grads),(small,_),(parts,_),(large,_) = peak(8, **kw),peak(8, AccumulateStep(8), **kw),peak(64, MicroBatch(8), **kw),peak(64, **kw)
+    print(f'{kind}: plain bs=8 {plain}, AccumulateStep(8) {small}, MicroBatch(8) {parts}, plain bs=64 {large}, gradients {grads} bytes')
+    assert max(small, parts) <= 1.03*plain + grads and max(small, parts) < large/2
 
 # ---- waiting for the device
 
@@ -107,6 +122,16 @@ def lax_after():
     yield
     torch.cuda.set_sync_debug_mode('default')
 
+class Own(nn.Module):
+    "With what it divides by"
+    def forward(self, p, t): return F.cross_entropy(p, t, ignore_index=1)
+    def denominator(self, p, t): return (t!=1).sum()
+class Centers(nn.Module):
+    "With parameters"
+    def __init__(self): super().__init__(); self.c = nn.Parameter(torch.zeros(3, 3, dtype=f64, device=DEV))
+    def forward(self, p, t): return F.cross_entropy(p, t) + (p-self.c[t]).pow(2).mean()
+def masked(p, t): return (F.cross_entropy(p, t, reduction='none')*(m := (t!=1).to(p.dtype))).sum()/m.sum().clamp(min=1)
+def two_means(p, t): return F.cross_entropy(p, t, ignore_index=1)+0.1*p.pow(2).mean()
 def one_hot(y): return F.one_hot(y, 3).to(f64)
 def counted(learn): return (learn.y!=1).sum()+1
 LOSSES = {'numbers': (nn.MSELoss, one_hot, 'auto'), 'samples': (nn.CrossEntropyLoss, noop, 'samples'), 'none': (nn.CrossEntropyLoss, noop, 'none'),
@@ -114,7 +139,9 @@ LOSSES = {'numbers': (nn.MSELoss, one_hot, 'auto'), 'samples': (nn.CrossEntropyL
           'ignore_index': (partial(nn.CrossEntropyLoss, ignore_index=1), noop, 'auto'),
           'ignore_index of fastai': (partial(CrossEntropyLossFlat, ignore_index=1), noop, 'auto'),
           'class weights': (lambda: nn.CrossEntropyLoss(torch.tensor([0.1,1,7], dtype=f64, device=DEV)), noop, 'auto'),
-          'function': (nn.CrossEntropyLoss, noop, counted)}
+          'function': (nn.CrossEntropyLoss, noop, counted), 'denominator': (Own, noop, 'auto'), 'parameters': (Centers, noop, 'auto'), 'BCE': (nn.BCEWithLogitsLoss, one_hot, 'auto'),
+          'label smoothing': (partial(nn.CrossEntropyLoss, label_smoothing=0.1), noop, 'auto'), 'a function': (lambda: F.cross_entropy, noop, 'auto'),
+          'a function with a mask': (lambda: masked, noop, 'auto'), 'a function of two means': (lambda: two_means, noop, 'auto')}
 
 def trained(bs, kind, *cbs, n=71):
     "A learner after two epochs of `n` samples in order, in float64"
@@ -140,6 +167,19 @@ def test_same_run(kind):
     large,small = trained(16, kind),trained(4, kind, AccumulateStep(N_STEP, normalize=LOSSES[kind][2]))
     for get in (lambda l: l.model.parameters(), lambda l: tensors(l.opt.state_dict()['state'])): assert rel(flat(get(large)), flat(get(small))) <= tol
 
+BESIDE = {'NoiseScale': (4, lambda: [AccumulateStep(N_STEP), NoiseScale()]), 'stats': (4, lambda: [AccumulateStep(N_STEP, sync_bn='stats')]), 'stats of MicroBatch': (16, lambda: [MicroBatch(4, sync_bn='stats')]),
+          'GradientClip': (4, lambda: [AccumulateStep(N_STEP), GradientClip(0.1)]), 'samples': (4, lambda: [AccumulateStep(n_samples=16)])}
+
+@pytest.mark.parametrize('to', (noop,Learner.to_fp16), ids=('fp32','fp16'))
+@pytest.mark.parametrize('kind', BESIDE)
+def test_no_sync_beside(kind, to, lax_after):
+    "Nor beside other callbacks, with BatchNorm"
+    (bs,cbs),(x,y) = BESIDE[kind],problem(71)
+    l = bare(batches(x.float(), y, bs), nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), nn.CrossEntropyLoss(ignore_index=1), Strict(), *cbs(), lax := Lax())
+    to(l)
+    l.fit(2, 0.05)
+    assert lax.n==10
+
 def test_sync_is_seen(lax_after):
     "The tests above do see the host wait, in a window too"
     t = torch.ones(1, device=DEV)
@@ -161,12 +201,12 @@ def room(n):
     try: yield
     finally: torch.cuda.set_per_process_memory_fraction(1.)
 
-def pictures(mb=None, n=512, bs=256, sz=96, arch=models.resnet50):
+def pictures(mb=None, n=512, bs=256, sz=96, arch=models.resnet50, benchmark=False):
     "A learner after an epoch in batches of `bs` pictures, and the weights that it had before"
     seed()
     l = bare(batches(torch.randn(n, 3, sz, sz), torch.arange(n)%10, bs), arch(num_classes=10), nn.CrossEntropyLoss(), *L(mb))
     start = flat(l.model.parameters())
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): l.fit(1, 0.01)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, deterministic=not benchmark, allow_tf32=False): l.fit(1, 0.01)
     return l,start
 
 def same_pictures(fixed, auto):
@@ -187,6 +227,14 @@ def test_as_much_as_fits():
     print(f'micro-batches of {bs}, {used} bytes at the peak')
     assert bs in (128,64,32,16,8) and used<=cap
     with room(cap): same_pictures(pictures(MicroBatch(bs)), auto)
+
+def test_as_much_as_fits_in_benchmark_mode():
+    "So it is where cuDNN tries which of its ways is the fastest, some of which want much memory"
+    with room(2*10**9):
+        l,start = pictures(MicroBatch('auto'), benchmark=True)
+        used = torch.cuda.max_memory_reserved()
+    assert l.micro_batch.bs in (128,64,32,16,8) and used<=2*10**9
+    assert flat(l.model.parameters()).isfinite().all() and not torch.equal(start, flat(l.model.parameters()))
 
 def test_memory_of_micro_batches():
     "A batch of 64 in micro-batches of eight takes the memory of a batch of eight; and 'auto', where all fits, no more than a plain `Learner`"
@@ -357,6 +405,33 @@ def test_norms_precision(dtype):
     "Nothing is farther from float64 than where all of it is normalized at once, but for a rounding of its own, and the chance in how 20 of these fall"
     theirs,ours = norm_errors(whole_norm, dtype),norm_errors(joint_norm, dtype)
     for a,b in zip(theirs, ours): assert b<=(1e-12 if dtype==f64 else math.hypot(1.25*a, torch.finfo(f32).eps))
+
+@pytest.mark.parametrize('tracked', (True,False), ids=('tracked','not tracked'))
+@pytest.mark.parametrize('dtype,param_dtype,tol', ((f64,f64,1e-12), (f32,f32,1e-5), (torch.float16,f32,1e-3), (torch.bfloat16,f32,1e-2), (torch.float16,torch.float16,1e-3), (torch.bfloat16,torch.bfloat16,1e-2)), ids=str)
+def test_norms_of_many_values(dtype, param_dtype, tol, tracked):
+    "More values a channel than float16 can count, with autocast and in a model that is in low precision itself"
+    torch.manual_seed(0)
+    xs,dys = ([(torch.randn(16, 4, 32, 32, device=DEV)*2+m).to(dtype) for _ in range(5)] for m in (1,0))
+    def once(f, dt, pt):
+        running = [g(4, dtype=pt, device=DEV) for g in (torch.zeros,torch.ones)] if tracked else [None,None]
+        ins = [*(x.to(dt).requires_grad_() for x in xs), *((torch.arange(4.)/4+0.5).to(dtype=pt, device=DEV).requires_grad_() for _ in range(2))]
+        y = f(ins[:5], *running, *ins[5:])
+        gs = torch.autograd.grad(y, ins, torch.cat(dys).to(dt))
+        return [y.detach(), torch.cat(gs[:5]), *gs[5:], *(o for o in running if o is not None)]
+    for a,b in zip(once(whole_norm, f64, f64), once(joint_norm, dtype, param_dtype)): assert rel(a.cpu(), b.cpu().double())<=tol
+
+@pytest.mark.parametrize('offload', ('cpu',None))
+def test_threads_stay(offload):
+    "A fit of many batches has as many threads as micro-batches, and the host's memory does not grow"
+    ids,sizes = set(),[]
+    def note(*_):
+        ids.add(threading.get_native_id())
+        sizes.append(int(Path('/proc/self/statm').read_text().split()[1])*resource.getpagesize())
+    l = bare(batches(torch.randn(16, 3, 16, 16), torch.arange(16)%10, 16)*100, Residual(), nn.CrossEntropyLoss(), exact(offload=offload))
+    l.model.stem.register_forward_hook(note)
+    l.fit(1, 0.01)
+    assert len(sizes)==400 and len(ids)==4 and threading.get_native_id() not in ids
+    assert sizes[-1]-sizes[100] < 20*2**20
 
 @pytest.mark.parametrize('mode', PRECISIONS)
 def test_autocast_of_exact_norms(mode):

@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from test_companions import Mixed,lm_maker,y_int
+from fastai_accum.retry import _oom_texts,is_oom
 from common import *
 
 N,BS = 73,32 # two batches of 32 samples and one of 9; 16 are for validation
@@ -35,7 +36,8 @@ ERRORS = {'cpu': lambda: torch.empty(2**60), 'cuda': cuda, 'tangled': tangled,
           'cudnn alloc': fails(RuntimeError, 'cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
           'cudnn': fails(RuntimeError, 'cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.'),
           'cublas': fails(RuntimeError, 'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
-          'cublas init': fails(RuntimeError, 'CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`')}
+          'cublas init': fails(RuntimeError, 'CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`'),
+          'cudnn engines': fails(RuntimeError, 'GET was unable to find an engine to execute this computation'), 'host': fails(MemoryError, 'Unable to allocate 8. GiB')}
 
 class Memory:
     "Not enough for more than `k` samples at once, nor for the calls in `at`"
@@ -243,6 +245,38 @@ def test_plain(where, dtype):
 def test_errors(error, where):
     "Whatever says that memory is not enough"
     both(Memory(10, error=ERRORS[error]), where)
+
+NO_MEMORY = ['FIND was unable to find an engine to execute this computation', 'GET was unable to find an engine to execute this computation',
+    'Unable to find a valid cuDNN algorithm to run convolution', 'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED', 'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED',
+    'cuDNN error: CUDNN_STATUS_NOT_INITIALIZED', 'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR', 'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\nYou can try to repro this exception',
+    'CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasCreate(handle)`', 'CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`',
+    'cuFFT error: CUFFT_ALLOC_FAILED', 'cuFFT error: CUFFT_INTERNAL_ERROR', 'cuFFT error: HIPFFT_ALLOC_FAILED', 'cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`. ',
+    'hipsolver error: HIPSOLVER_STATUS_ALLOC_FAILED, when calling `hipsolverCreate(handle)`. ', 'CUDA error: CUSPARSE_STATUS_ALLOC_FAILED when calling `cusparseCreate(handle)`',
+    'CUDA error: insufficient resources when calling `cusparseCreate(handle)`', 'CUDA error: allocation failed when calling `cusparseCreate(handle)`', 'HIP error: out of memory',
+    'MIOpen Error: miopenStatusAllocFailed', 'Invalid buffer size: 18.00 GiB', 'Invalid buffer size: 9.75 GB', 'level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)',
+    'Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)', "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'", 'CUDA driver error: out of memory',
+    'Internal Error (0000000e:kIOGPUCommandBufferCallbackErrorOutOfMemory)', 'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1016, please report a bug',
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes", 'std::bad_alloc']
+OTHERS = ['INTERNAL_ERROR', 'the server said INTERNAL_ERROR', 'NOT_INITIALIZED', 'ALLOC_FAILED', 'MY_CUDNN_STATUS_INTERNAL_ERRORS', 'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_BAD_LAUNCH_PARAM',
+    'cuDNN error: CUDNN_STATUS_NOT_SUPPORTED_LAYOUT', 'cuDNN error: CUDNN_STATUS_EXECUTION_FAILED', 'CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`',
+    'cusolver error: CUSOLVER_STATUS_INVALID_VALUE', 'CUDA error: device-side assert triggered', 'CUDA error: an illegal memory access was encountered', 'Invalid buffer size: -3',
+    'x INTERNAL ASSERT FAILED at "/pytorch/aten/src/ATen/x.cpp":1', 'mat1 and mat2 shapes cannot be multiplied (4x3 and 6x8)', 'unable to find an engine']
+
+def test_texts():
+    "Texts of PyTorch and of what it calls, each of a kind of its own; and texts that tell of something else"
+    assert [o for o in NO_MEMORY if not is_oom(RuntimeError(o))]==[] and [o for o in OTHERS if is_oom(RuntimeError(o))]==[]
+    with pytest.raises(MemoryError) as numpy: np.empty(2**55, dtype=np.uint8)
+    assert all(is_oom(e) for e in (MemoryError(), numpy.value, torch.OutOfMemoryError('XPU out of memory. Tried to allocate 2.00 GiB')))
+    assert not any(is_oom(ValueError(o)) or is_oom(KeyError(o)) for o in NO_MEMORY)
+    used = [[bool(re.search(p, o)) for o in [*NO_MEMORY, 'cuDNN error: CUDNN_STATUS_NOT_SUPPORTED']] for p in _oom_texts]
+    assert all(map(any, used)) # no pattern is there for nothing
+
+def test_something_else():
+    "An error that may mean too little memory, but does not, comes out at one sample, as it was"
+    exc = fails(RuntimeError, 'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR')
+    l = make(MicroBatch('auto'), Memory(0, error=exc), norm=nn.Identity)
+    with pytest.raises(RuntimeError, match='^cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\n'): run(l, fit)
+    clean(l)
 
 OPTS = dict(sgd_l2=partial(SGD, mom=0.9, wd=0.1, decouple_wd=False), adam=partial(Adam, wd=0.1), rmsprop=partial(RMSProp, mom=0.9), lamb=partial(Lamb, wd=0.1),
             lookahead=lambda p, lr: Lookahead(Adam(p, lr), k=3), torch_adamw=partial(OptimWrapper, opt=torch.optim.AdamW))

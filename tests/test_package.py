@@ -1,5 +1,5 @@
 "What users install is what is here"
-import subprocess,sys,tarfile,zipfile
+import json,subprocess,sys,tarfile,zipfile
 import pytest
 from configparser import ConfigParser
 from email import message_from_string
@@ -52,34 +52,57 @@ def version(name):
     return _version(name)
 meta.version = version
 """
-def python(code): return subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, cwd=root)
+FORKS = """
+import json,os,sys,tempfile,traceback
+def forked(code):
+    "What `code` ends with, and what it writes to stderr, in a fork that has torch imported and nothing of this package"
+    with tempfile.TemporaryFile('w+') as f:
+        if not (pid := os.fork()):
+            os.dup2(f.fileno(), 2)
+            try: exec(code, {})
+            except BaseException: traceback.print_exc(); os._exit(1)
+            os._exit(0)
+        end = os.waitpid(pid, 0)[1]
+        f.seek(0)
+        return end,f.read()
+import torch
+assert not any(m.split('.')[0] in ('fastai','fastai_accum') for m in sys.modules)
+print('\\n'+json.dumps([forked(c) for c in json.loads(sys.argv[1])]))
+"""
+def python(*codes, first=''):
+    "Run each of `codes` in a process of its own: how it ended, and its stderr"
+    res = subprocess.run([sys.executable,'-W','ignore','-c',first+FORKS,json.dumps(codes)], capture_output=True, text=True, cwd=root)
+    assert not res.returncode, res.stderr
+    return dict(zip(codes, json.loads(res.stdout.split('\n')[-2])))
 
-def test_without_fastai():
-    "The package and what is for loops without fastai can be imported, and bring nothing of it"
-    code = NO_FASTAI + """
-import fastai_accum
+WITHOUT = """
+import fastai_accum,sys
 from fastai_accum import loop,losses,window,AccumulateOptimizer
 import fastai_accum.split
 assert not hasattr(fastai_accum, 'nonsense') and fastai_accum.__version__
 assert not any(m.split('.')[0]=='fastai' for m in sys.modules)
 """
-    res = python(code)
-    assert not res.returncode, res.stderr
+NEEDS = ('from fastai_accum import AccumulateStep', 'import fastai_accum; fastai_accum.MicroBatch', 'from fastai_accum import NoiseScale', 'from fastai_accum import AccumulationCheck',
+         'from fastai_accum import counts_elements', 'from fastai_accum import *')
 
-@pytest.mark.parametrize('code', ('from fastai_accum import AccumulateStep', 'import fastai_accum; fastai_accum.MicroBatch', 'from fastai_accum import NoiseScale', 'from fastai_accum import AccumulationCheck',
-                                  'from fastai_accum import counts_elements', 'from fastai_accum import *'))
-def test_needs_fastai(code):
+@pytest.fixture(scope='module')
+def without_fastai(): return python(WITHOUT, *NEEDS, first=NO_FASTAI)
+
+def test_without_fastai(without_fastai):
+    "The package and what is for loops without fastai can be imported, and bring nothing of it"
+    end,err = without_fastai[WITHOUT]
+    assert not end, err
+
+@pytest.mark.parametrize('code', NEEDS)
+def test_needs_fastai(code, without_fastai):
     "Without fastai, what needs it says what to install when it is asked for"
-    res = python(NO_FASTAI+code)
-    assert res.returncode and 'ImportError: fastai_accum extends fastai, which is not installed' in res.stderr and '`pip install fastai`' in res.stderr
+    end,err = without_fastai[code]
+    assert end and 'ImportError: fastai_accum extends fastai, which is not installed' in err and '`pip install fastai`' in err
 
-def test_same_names():
-    "With fastai, all of these are there as soon as the package is imported"
-    names = 'AccumulateOptimizer AccumulateStep MicroBatch NoiseScale AccumulationCheck counts_elements'.split()
-    res = python(f"import fastai_accum as f; assert f.__all__=={names} and all(k in vars(f) for k in f.__all__) and '__getattr__' not in vars(f)")
-    assert not res.returncode, res.stderr
+NAMES = 'AccumulateOptimizer AccumulateStep MicroBatch NoiseScale AccumulationCheck counts_elements'.split()
+SAME = f"import fastai_accum as f; assert f.__all__=={NAMES} and all(k in vars(f) for k in f.__all__) and '__getattr__' not in vars(f)"
+ROOMS = "import fastai_accum,sys; assert 'fastai_accum.fastai1' not in sys.modules and 'fastai_accum.accumulate' in sys.modules"
 
-def test_nothing_of_fastai_1():
-    "With fastai 2 installed, the room of fastai 1 is not entered"
-    code = "import fastai_accum,sys; print('fastai_accum.fastai1' in sys.modules, 'fastai_accum.accumulate' in sys.modules)"
-    assert subprocess.check_output([sys.executable,'-W','ignore','-c',code], text=True).split('\n')[-2]=='False True'
+def test_with_fastai():
+    "All names are there as soon as the package is imported, and with fastai 2 the room of fastai 1 is not entered"
+    for end,err in python(f'{SAME}\n{ROOMS}').values(): assert not end, err

@@ -1,4 +1,4 @@
-"Write the tables of `benchmarks/peers.json` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
+"Write the tables of `benchmarks/peers.json` and `benchmarks/gpu.json` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
 import json,re,sys
 from pathlib import Path
 from statistics import median
@@ -8,7 +8,7 @@ COLS = {'even':'even windows', 'short last window':'short last window', 'uneven 
         'clipped':'clipped', 'two epochs':'two epochs', 'fp16-scaled':'scaled, as for fp16', 'BatchNorm':'BatchNorm', 'one-cycle':'one-cycle: weights', 'lr':'one-cycle: lr', 'lr_find':'`lr_find`'}
 
 FEW = 'even','short last window','uneven micro-batches','ignored targets','class weights','BatchNorm','lr','lr_find'
-PAGES = {'index.ipynb':['summary'], 'benchmarks.ipynb':['where','exactness','options','failed','times']} # and the tables that each has
+PAGES = {'index.ipynb':['summary'], 'benchmarks.ipynb':['where','exactness','options','failed','times'], 'gpu.ipynb':['gpu']} # and the tables that each has
 
 def table(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---']*len(head), *rows)).replace('|  |', '| |')
 def num(v): return '0' if v==0 else f'{v:.0e}'.replace('e-0', 'e-') if v<1e-3 else f'{v:.2g}'
@@ -29,7 +29,8 @@ def summary(res): return exactness(res, FEW)
 
 def where(res):
     "When, where and with what"
-    return f"{res['date']}, {res['machine']}, torch {res['rows']['loop']['torch'].split('+')[0]} where a row does not say another. Times are medians of {res['repeats']} epochs of each in random turn."
+    return f"{res['date']}, {res['machine']}, torch {res['rows']['loop']['torch'].split('+')[0]} where a row does not say another. Times are medians of {res['repeats']} epochs of each in random turn." + (
+        f" Peak memory of the models with large outputs was measured on {o['date']}, for the libraries that were there." if (o := res.get('outputs')) else '')
 
 def options(res):
     "How each was told to accumulate"
@@ -53,26 +54,53 @@ def times(res):
         return f"{o['res']/2**20:.3g} MiB" if 'res' in o else 'not run'
     return table(['', *probs, *(f'{p}: peak' for p in loop['peak_bytes'])], [[r['label'], *(secs(r, p) for p in probs), *(peak(r, p) for p in loop['peak_bytes'])] for r in rows.values()])
 
+def gpu_cell(v): return 'not measured' if v is None else num(v) if isinstance(v, float) and abs(v)<1 else f'{v:.4g}' if isinstance(v, float) else str(v)
+
+def bounds(wanted):
+    "What was wanted, beside what it is"
+    said = {True:'held', False:'**missed**', None:'not measured'}
+    return table(['wanted','measured','at most',''], [[w['what'], '-' if w['value'] is None else gpu_cell(w['value']), gpu_cell(w['most']), said[w['ok']]] for w in wanted])
+
+def gpu_part(part):
+    "The tables of one part of `benchmarks/gpu.py`"
+    if 'error' in part: return f"### {part['title']}\n\nIt failed: {part['error']}"
+    return '\n\n'.join([f"### {part['title']}", table(part['head'], [map(gpu_cell, r) for r in part['rows']]), *([bounds(part['wanted'])] if part['wanted'] else [])])
+
+def gpu(
+    res:dict|None # What is in `benchmarks/gpu.json`, None if there is no such file
+)->str:
+    "What was measured on a GPU, part by part"
+    if res is None: return "**None of this is measured yet.** `make gpu` has not been run on a machine with a GPU; when it has, tables and a picture stand here."
+    if not res['gpu'] or res['tiny']: return '\n\n'.join(['Tiny sizes, to see that it runs: these are no measurements.', *map(gpu_part, res['parts'].values())])
+    held = [w['ok'] for p in res['parts'].values() for w in p.get('wanted', ())]
+    broke = [k for k,p in res['parts'].items() if 'error' in p]
+    head = f"{res['date']}, {res['where']}. {held.count(True)} of {len(held)} bounds held" + (f"; these parts failed: {', '.join(broke)}." if broke else '.')
+    return '\n\n'.join([head, *map(gpu_part, res['parts'].values())])
+
 def fill(
     src:str, # The notebook's text, with `<!-- exactness -->` before its table and `<!-- /exactness -->` after it; the same for the others
-    res:dict # What is in `benchmarks/peers.json`
-)->str: # The same with the tables of `res`
-    for f in (summary,where,exactness,options,failed,times):
+    res:dict, # What is in `benchmarks/peers.json`
+    on_gpu:dict|None=None # What is in `benchmarks/gpu.json`
+)->str: # The same with the tables of both
+    for f in (summary,where,exactness,options,failed,times,gpu):
         pat = re.compile(rf'(<!-- {f.__name__} -->\n)(?:.*?\n)??(<!-- /{f.__name__} -->)', re.S)
-        src = pat.sub(lambda m: f'{m[1]}\n{f(res)}\n\n{m[2]}', src)
+        src = pat.sub(lambda m: f'{m[1]}\n{on_page(on_gpu) if f is gpu else f(res)}\n\n{m[2]}', src)
     return src
 
-def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json'):
-    res = json.loads(numbers.read_text())
+def on_page(res): return gpu(res) + ('' if res is None else '\n\n![Peak memory, time and throughput](images/gpu.png)')
+
+def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json', gpu_numbers=root/'benchmarks/gpu.json'):
+    res,on_gpu = json.loads(numbers.read_text()),json.loads(gpu_numbers.read_text()) if gpu_numbers.exists() else None
+    if on_gpu and (on_gpu['tiny'] or not on_gpu['gpu']): sys.exit(f'{gpu_numbers} has tiny sizes, or was made without a GPU: `make gpu` on a machine with one measures')
     for name,tables in PAGES.items():
         page = pages/name
         nb = json.loads(page.read_text(encoding='utf-8'))
         old = [''.join(c['source']) for c in nb['cells']]
-        new = [fill(s, res) for s in old]
+        new = [fill(s, res, on_gpu) for s in old]
         for t in tables:
-            if not any(f'<!-- {t} -->\n' in s and f'<!-- /{t} -->' in s for s in old): sys.exit(f'{page} has no table of {numbers}: mark its place by `<!-- {t} -->` and `<!-- /{t} -->`')
+            if not any(f'<!-- {t} -->\n' in s and f'<!-- /{t} -->' in s for s in old): sys.exit(f'{page} has no table of {gpu_numbers if t=="gpu" else numbers}: mark its place by `<!-- {t} -->` and `<!-- /{t} -->`')
         if old==new: continue
-        if check: sys.exit(f'The tables in {page} are not those of {numbers}. `make sync` writes them: look at `git diff` and commit.')
+        if check: sys.exit(f'The tables in {page} are not those of {gpu_numbers if tables==["gpu"] else numbers}. `make sync` writes them: look at `git diff` and commit.')
         for c,s in zip(nb['cells'], new): c['source'] = s.splitlines(True)
         page.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 

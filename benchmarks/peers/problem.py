@@ -34,6 +34,23 @@ class Transformer(nn.Module):
         self.enc = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, dropout=0., batch_first=True), 2, enable_nested_tensor=False)
     def forward(self, x): return self.head(self.enc(self.emb(x)).mean(1))
 
+class LanguageModel(nn.Module):
+    "With an output for each of 2000 words at each of 32 places"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.conv,self.head = nn.Embedding(2000, 32),nn.Conv1d(32, 32, 3),nn.Conv1d(32, 2000, 1)
+    def forward(self, x): return self.head(self.conv(nn.functional.pad(self.emb(x).transpose(1, 2), (2,0))).relu()) # a word sees those before it
+
+class UNet(nn.Module):
+    "With an output for each of 21 classes at each pixel"
+    def __init__(self):
+        super().__init__()
+        def block(ni, nf, stride=1): return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
+        self.top,self.down,self.low,self.up,self.head = block(3, 8),block(8, 16, 2),block(16, 16),nn.ConvTranspose2d(16, 8, 2, 2),nn.Conv2d(16, 21, 1)
+    def forward(self, x):
+        x = self.top(x)
+        return self.head(torch.cat([x, self.up(self.low(self.down(x)))], 1))
+
 def targets(x, n_out=3): return (x@torch.randn(x.shape[1], n_out, dtype=x.dtype)).argmax(1)
 
 def some_ignored(y):
@@ -49,7 +66,9 @@ CASES = {'even':{}, 'short last window':dict(n=72), 'uneven micro-batches':dict(
          'BatchNorm':dict(model=bn_net), 'one-cycle':dict(n=256, epochs=2, one_cycle=True), 'lr_find':dict(repeat=100, sizes=[16]*4, dtype=torch.float32)} # one batch over and over, so that noise plays no part
 # model, a batch of its inputs, windows in an epoch
 TIMED = {'tiny MLP':(mlp, lambda n: torch.randn(n, 1, 8, 8), 26), 'small ResNet':(resnet, lambda n: torch.randn(n, 3, 32, 32), 6),
-         'small transformer':(Transformer, lambda n: torch.randint(100, (n, 32)), 8)}
+         'small transformer':(Transformer, lambda n: torch.randint(100, (n, 32)), 8),
+         'small language model':(LanguageModel, lambda n: torch.randint(2000, (n, 32)), 2), 'small U-Net':(UNet, lambda n: torch.randn(n, 3, 32, 32), 2)}
+LABELS = {'small language model':lambda n: torch.randint(2000, (n, 32)), 'small U-Net':lambda n: torch.randint(21, (n, 32, 32))} # of the others there is one a sample
 
 class Sizes:
     "Indices in order, in batches of `sizes`"
@@ -90,7 +109,7 @@ class Problem:
         opt.register_step_post_hook(lambda o,*_: self.done(o.param_groups[0]['lr']))
         return opt
     def schedule(self, opt, n=None): return OneCycleLR(opt, self.lr, total_steps=n or self.n_steps, cycle_momentum=False) if self.one_cycle else None
-    def count(self, y): return len(y) if self.weight is None and (y>=0).all() else self.weight[y].sum() if self.weight is not None else (y!=-100).sum()
+    def count(self, y): return y.numel() if self.weight is None and (y>=0).all() else self.weight[y].sum() if self.weight is not None else (y!=-100).sum()
     @property
     def weights(self): return torch.cat([p.detach().double().flatten() for p in self.model.parameters()])
 
@@ -108,7 +127,7 @@ def timed(name, how, windows=None, n_acc=N_ACC, bs=8):
     mk,xs,n = TIMED[name]
     torch.manual_seed(0)
     n = (windows or n)*n_acc*bs
-    return Problem(how, xs(n), torch.arange(n)%10, mk(), sizes=[bs]*n_acc, n_acc=n_acc, lr=1e-3)
+    return Problem(how, xs(n), LABELS[name](n) if name in LABELS else torch.arange(n)%10, mk(), sizes=[bs]*n_acc, n_acc=n_acc, lr=1e-3)
 
 def loop(p):
     "Divide the loss by N, step every N micro-batches"

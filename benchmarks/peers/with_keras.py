@@ -39,7 +39,7 @@ def train(p):
     keras.config.set_floatx(dtype), keras.config.set_dtype_policy(dtype)
     model = Model(p.model)
     opt = SGD(Schedule(p) if p.one_cycle else p.lr, momentum=0.9, global_clipnorm=p.clip, gradient_accumulation_steps=p.n_acc if p.n_acc>1 else None)
-    model.compile(optimizer=LossScaleOptimizer(opt) if p.scaled else opt, loss=lambda y,pred: p.loss(pred, y.flatten().long()))
+    model.compile(optimizer=LossScaleOptimizer(opt) if p.scaled else opt, loss=lambda y,pred: p.loss(pred, y.reshape(len(pred), *pred.shape[2:]).long()))
     model.fit(p.dl, epochs=p.epochs, shuffle=False, verbose=0, callbacks=[Log(p, opt)])
 
 serve('keras', keras=dict(train=train, how='micro', find=lambda p: no('it has none')))
