@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
+# fastai 1 in a folder of its own, ahead of fastai 2; torch and all else are the environment's
+FASTAI1 := $(VENV)/fastai1
 
 help:
 	@echo "make demo    train digits as bs=32, as 4x8 with AccumulateStep, and otherwise; a table and out/digits.png"
@@ -47,14 +49,12 @@ docs: env
 	if command -v quarto >/dev/null; then $(VENV)/bin/nbdev-docs; else $(PY) -W ignore tools/docs.py; fi
 	$(PY) tools/links.py _docs
 
-test: env
+test: env $(FASTAI1)/.done
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
 	OMP_NUM_THREADS=1 $(PY) -W ignore tools/notebooks.py # a process for each, as they patch fastai's classes; two at a time, of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
 	$(MAKE) test-fastai1
 
-# fastai 1 in a folder of its own, ahead of fastai 2; torch and all else are the environment's
-FASTAI1 := $(VENV)/fastai1
 $(FASTAI1)/.done: $(VENV)/.done
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(FASTAI1) fastai==1.0.61 'setuptools<81' 'fastprogress<1.1' nvidia-ml-py3 bottleneck numexpr
 	@touch $@

@@ -13,15 +13,15 @@ try: _fastai = _version('fastai')
 except PackageNotFoundError: _fastai = None
 
 from .optimizer import AccumulateOptimizer
-__all__ = ['AccumulateOptimizer','AccumulateStep']
-if _fastai is None or not _fastai.startswith('1.'): __all__ += ['MicroBatch','NoiseScale','AccumulationCheck','counts_elements']
+__all__ = ['AccumulateOptimizer','AccumulateStep','MicroBatch']
+if _fastai is None or not _fastai.startswith('1.'): __all__ += ['NoiseScale','AccumulationCheck','counts_elements']
 
 if _fastai is None: # for a loop of one's own, torch and fastcore are enough
     def __getattr__(name):
         if name not in __all__: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         raise ImportError(f"fastai_accum extends fastai, which is not installed, and `{name}` needs it: `pip install fastai`; "
                           "for a PyTorch loop without it there is `fastai_accum.loop`")
-elif _fastai.startswith('1.'): from .fastai1 import AccumulateStep
+elif _fastai.startswith('1.'): from .fastai1 import AccumulateStep,MicroBatch
 else:
     from .accumulate import AccumulateStep,counts_elements
     from .microbatch import MicroBatch

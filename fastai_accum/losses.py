@@ -397,8 +397,8 @@ def mixed_denominators(
 ):
     "Why no one number weighs the micro-batches of `loss_func`, None if one does"
     some = loss_option(loss_func, 'weight') is not None or loss_option(loss_func, 'ignore_index', -1)>=0
-    if some and any(type(cb).__name__=='RNNRegularizer' and (cb.alpha or cb.beta) for cb in cbs):
-        return "weighs targets or leaves some out, and `RNNRegularizer` does not"
+    reg = next((n for cb in cbs if (n := type(cb).__name__) in ('RNNRegularizer','RNNTrainer') and (cb.alpha or cb.beta)), None)
+    if some and reg: return f"weighs targets or leaves some out, and `{reg}` does not"
     if loss_option(loss_func, 'denominator') is not None: return None
     parts = {**getattr(loss_func, '__dict__', {}), **getattr(loss_func, '_modules', {})}.values()
     if loss_option(loss_func, 'eps') and loss_option(loss_func, 'weight') is not None: return "divides one part by samples and another by class weights"

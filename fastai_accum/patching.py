@@ -7,9 +7,12 @@ __all__ = ['stand_in', 'autocast_depth', 'unchanged']
 
 # %% ../nbs/02_patching.ipynb #e81eb4e3
 import random
+from contextlib import contextmanager
 from copy import copy,deepcopy
 from fastai.basics import *
-from fastai.callback.fp16 import MixedPrecision
+
+try: from fastai.callback.fp16 import MixedPrecision
+except ImportError: pass # fastai 1, of which no learner comes here
 
 # %% ../nbs/02_patching.ipynb #fac6e957
 @contextmanager

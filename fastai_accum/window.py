@@ -10,6 +10,7 @@ __all__ = ['check_choice', 'check_normalize', 'check_size', 'check_number', 'win
 # %% ../nbs/01_window.ipynb #2c53cd15
 import math,torch
 from contextlib import contextmanager
+from copy import copy
 from fastcore.basics import patch
 from functools import partial
 from numbers import Integral,Real
@@ -398,6 +399,17 @@ def mean_loss(self:Window):
     "The loss that the micro-batches would have had as one batch"
     return self._over(self.loss)
 
+@patch
+def mean_with(self:Window,
+    loss # Of the current micro-batch, before its backward pass; None if there will be none
+):
+    "What `mean_loss` will be if no other micro-batch comes"
+    win = copy(self)
+    win.losses,win.denoms,win.constant,win.f32 = [*self.losses],[*self.denoms],[*self.constant],Float32Sums()
+    if loss is not None: win.add(loss)
+    win._settle()
+    return win.mean_loss
+
 # %% ../nbs/01_window.ipynb #eb923539
 def ends(
     params # Parameters
@@ -535,9 +547,10 @@ class WarnMixed:
     "Warns, once in a fit, of a loss whose micro-batches no one number weighs, and of gradients that are written by hand"
     def __init__(self,
         large:str='the large batch', # What the run is to be that of
-        cure:str='' # What to do about it
+        cure:str='', # What to do about it
+        at:str='before_step' # The event at which a gradient is complete
     ):
-        self.large,self.cure = large,cure
+        self.large,self.cure,self.at = large,cure,at
         self.begin()
 
     def begin(self):
@@ -558,7 +571,7 @@ class WarnMixed:
         if win.touched and win.begun>1 and not self.told_touched:
             self.told_touched = True
             warn("`.grad` was changed between the backward passes of a window: what is written there is not weighed as micro-batches are, and the next ones add to it, so the run may not be "
-                 f"{self.large}'s. Change the gradient once it is complete, in `before_step`; or let what you write be the gradient of a loss")
+                 f"{self.large}'s. Change the gradient once it is complete, in `{self.at}`; or let what you write be the gradient of a loss")
         if win.apart is True: self.warn(loss_func)
         elif win.apart is not False: self.later = win.apart if self.later is None else self.later|win.apart
 

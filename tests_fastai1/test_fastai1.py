@@ -1,74 +1,64 @@
-"fastai 1: weights and steps of `AccumulateStep` against a real large-batch `Learner`; run by `make test-fastai1`, with fastai 1 ahead on PYTHONPATH"
-import random,subprocess,sys
-import numpy as np
-import pytest,torch
-from functools import partial
-from torch import nn
-from torch.utils.data import DataLoader,TensorDataset
-import fastai
-from fastai.basic_data import DataBunch
-from fastai.basic_train import Learner
-from fastai.callback import Callback,OptimWrapper
+"fastai 1: a run with `AccumulateStep` against a real large-batch `Learner`; run by `make test-fastai1`, with fastai 1 ahead on PYTHONPATH"
+import subprocess,sys
+import pytest
+from common1 import *
+from fastai.callbacks.general_sched import GeneralScheduler,TrainingPhase
 from fastai.layers import CrossEntropyFlat
-from fastai.train import AccumulateScheduler # and `lr_find`, `fit_one_cycle`, `to_fp16` for `Learner`
-from fastai_accum import AccumulateStep
 
-assert fastai.__version__=='1.0.61'
-torch.set_num_threads(1)
-BS,N_STEP = 4,4
 SIZES = {'even':64, 'uneven last micro-batch':62, 'short last window':72, 'both':73, 'n_step larger than the epoch':11}
-SGD,CE = partial(torch.optim.SGD, momentum=0.9),nn.CrossEntropyLoss
 
-def problem(n):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 6, generator=g, dtype=torch.float64)
-    return x, (x@torch.randn(6, 3, generator=g, dtype=torch.float64)).argmax(1)
-
-class Steps(Callback):
-    "Weights after every step of the optimizer, and the learning rate that it was made with"
-    _order = 200
-    def __init__(self, learn): self.learn,self.log = learn,[]
-    def on_batch_begin(self, train, **kwargs):
-        opt = getattr(self.learn.opt, 'wrapped', None) or self.learn.opt
-        if not train or hasattr(opt.opt, 'plain_step'): return
-        opt.opt.plain_step,opt.opt.step = opt.opt.step,lambda *args: self.step(opt)
-    def step(self, opt):
-        opt.opt.plain_step()
-        self.log.append((torch.cat([p.detach().flatten().clone() for p in self.learn.model.parameters()]), opt.lr))
-
-def learner(n, bs, acc=None, loss=None, opt=SGD, path=None, data=None, **kwargs):
-    x,y = data or problem(n+16)
-    torch.manual_seed(7); random.seed(7); np.random.seed(7)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    train,valid = TensorDataset(x[:n], y[:n]),TensorDataset(x[n:], y[n:])
-    db = DataBunch(DataLoader(train, bs, shuffle=True), DataLoader(valid, 16), device=torch.device('cpu'), path=path or '.')
-    learn = Learner(db, model, loss_func=loss or CE(), opt_func=opt, silent=True, callback_fns=[acc] if acc else None, layer_groups=[model[:2], model[2:]], **kwargs)
-    learn.steps = Steps(learn)
-    learn.callbacks.append(learn.steps)
-    return learn
-
-def run(learn, fit, seed=3):
-    torch.manual_seed(seed)
-    fit(learn)
-    assert type(learn.opt) is OptimWrapper and all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
-    return learn
-
-def rel(a, b): return float((a-b).norm()/a.norm())
-def assert_same(large, small, tol=1e-12):
-    a,b = large.steps.log,small.steps.log
-    assert len(a)==len(b)>0, f'{len(a)} steps against {len(b)}'
-    for i,(s,t) in enumerate(zip(a, b)): assert rel(s[0], t[0])<=tol, f'weights after step {i}: {rel(s[0], t[0])}'
-
-acc4 = partial(AccumulateStep, n_step=N_STEP)
+def accuracy(pred, y): return (pred.argmax(1)==y).double().mean()
 
 @pytest.mark.parametrize('opt', (SGD, partial(torch.optim.Adam, betas=(0.9,0.99))), ids=('sgd','adam'))
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('reduction', ('mean','sum'))
 def test_fit(size, reduction, opt):
     "Uneven batches and windows over epochs, with a loss that averages and with one that sums, as the first users had it"
-    large,small = learner(SIZES[size], BS*N_STEP, opt=opt),learner(SIZES[size], BS, acc4, CE(reduction=reduction), opt=opt)
-    for l in (large,small): run(l, lambda l: l.fit(3, 0.02))
+    large,small = learner(SIZES[size], BS*N_STEP, opt=opt, metrics=[accuracy]),learner(SIZES[size], BS, acc4, CE(reduction=reduction), opt=opt, metrics=[accuracy])
+    run_both(lambda l: l.fit(2, 0.02), large, small)
     assert_same(large, small)
+    if reduction=='sum': small.recorder.val_losses = large.recorder.val_losses # fastai makes no mean of sums
+    assert_same_records(large, small)
+
+def phases(l):
+    n = len(l.data.train_dl)
+    a,b = [TrainingPhase(k*n).schedule_hp('lr', v).schedule_hp('mom', (0.9,0.8)) for k,v in ((1,(0.01,0.1)), (2,(0.1,0.01)))]
+    return [GeneralScheduler(l, [a,b])]
+
+FITS = {'fit':lambda l: l.fit(3, slice(0.01,0.1), wd=0.1), 'one cycle':lambda l: l.fit_one_cycle(3, slice(0.01,0.1)), 'one cycle, from epoch 1':lambda l: l.fit_one_cycle(3, 0.1, start_epoch=1),
+        'one cycle of 4 epochs, the first 2':lambda l: l.fit_one_cycle(2, 0.1, tot_epochs=4), 'fit_fc':lambda l: l.fit_fc(3, 0.1), 'fit_fc, other shares':lambda l: l.fit_fc(5, 0.1, start_pct=0.61),
+        'general':lambda l: l.fit(3, 0.1, callbacks=phases(l)), 'general, from epoch 2':lambda l: l.fit(3, 0.1, callbacks=[GeneralScheduler(l, phases(l)[0].phases, start_epoch=2)])}
+
+@pytest.mark.parametrize('fit,kind', [*((f, k) for f in FITS for k in ('both','drop samples')), *((f, k) for f in ('one cycle','fit_fc') for k in ('even','n_samples','drop'))])
+def test_schedules(fit, kind):
+    "Rates, records, weights"
+    n,acc = dict(even=(64,acc4), both=(73,acc4), n_samples=(73,partial(AccumulateStep, n_samples=16)), drop=(75,partial(AccumulateStep, n_step=4, leftover='drop')))\
+        .get(kind, (79,partial(AccumulateStep, n_samples=16, leftover='drop')))
+    large,small = learner(n, 16, drop_last='drop' in kind, shuffle=False),learner(n, BS, acc, shuffle=False)
+    run_both(FITS[fit], large, small)
+    assert_same_run(large, small)
+
+def test_phases_of_other_lengths():
+    "Phases that count neither micro-batches nor windows of the fit are taken for windows, which is said"
+    def fit(l): l.fit(3, 0.1, callbacks=[GeneralScheduler(l, [TrainingPhase(5).schedule_hp('lr', (0.01,0.1)), TrainingPhase(8).schedule_hp('lr', (0.1,0.01))])])
+    large,small = learner(64, 16),learner(64, BS, acc4)
+    run(large, fit)
+    with pytest.warns(UserWarning, match='the phases of GeneralScheduler last 13 batches'): run(small, fit)
+    assert_same_run(large, small)
+
+def test_phases_are_left_as_they_are():
+    for boom in (False,True):
+        learn = learner(64, BS, acc4)
+        cb, = phases(learn)
+        was = [s.n_iter for p in cb.phases for s in p.scheds.values()]
+        class Boom(Callback):
+            _order = 5
+            def on_train_begin(self, **kwargs):
+                if boom: raise ValueError('boom')
+        try: learn.fit(3, 0.1, callbacks=[cb,Boom()])
+        except ValueError: assert boom and type(learn.data.train_dl).__name__=='DeviceDataLoader' and len(learn.data.train_dl)==16 and clean(learn)
+        assert [s.n_iter for p in cb.phases for s in p.scheds.values()]==was
+        run(learn, lambda l: l.fit(1, 0.1)) # all is well
 
 @pytest.mark.parametrize('acc', (partial(AccumulateStep, n_samples=16), partial(AccumulateStep, n_step=N_STEP, normalize='samples'),
                                  partial(AccumulateStep, n_step=N_STEP, normalize=lambda learn: BS*2)), ids=('n_samples','samples','function'))
@@ -76,16 +66,23 @@ def test_arguments(acc):
     "`n_samples`, `normalize`: the same meaning as for fastai 2"
     n = 64 # even, so that a constant weight is right as well
     large,small = learner(n, 16),learner(n, BS, acc)
-    for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
-    assert_same(large, small)
+    run_both(lambda l: l.fit(2, 0.1), large, small)
+    assert_same_run(large, small)
+
+def test_normalize_none():
+    "Gradients and losses add up as they are"
+    large,small = learner(64, 16, loss=CE(reduction='sum')),learner(64, BS, partial(AccumulateStep, n_step=4, normalize='none'), CE(reduction='sum'))
+    run_both(lambda l: l.fit(2, 0.01), large, small)
+    assert_same_run(large, small)
 
 def test_ignored_targets():
-    "The denominators of `core`"
+    "The denominators of fastai 2's room"
     x,y = problem(73+16)
     y[torch.rand(len(y), generator=torch.Generator().manual_seed(1))<0.5] = 1
-    large,small = (learner(73, bs, acc, CE(ignore_index=1), data=(x,y)) for bs,acc in ((16,None), (BS,acc4)))
-    for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
-    assert_same(large, small)
+    for loss in (CE(ignore_index=1), CE(weight=torch.tensor([1.,3.,0.3], dtype=torch.float64))):
+        large,small = (learner(73, bs, acc, loss, data=(x,y)) for bs,acc in ((16,None), (BS,acc4)))
+        run_both(lambda l: l.fit(2, 0.1), large, small)
+        assert_same_run(large, small)
 
 class Masked(nn.Module):
     "0/0 where nothing counts, unless it is `safe`"
@@ -100,90 +97,146 @@ def test_nan_where_nothing_counts(count, share):
     x,y = problem(73+16)
     y = y.masked_fill(torch.rand(len(y), generator=torch.Generator().manual_seed(1))<share, 1)
     large,small = (learner(73, bs, acc, Masked(count, safe), data=(x,y), wd=0.1) for bs,acc,safe in ((16,None,True), (BS,acc4,False)))
-    for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
+    run_both(lambda l: l.fit(2, 0.1), large, small)
     assert_same(large, small)
+
+def test_constant_losses():
+    "A loss that gives a constant where a micro-batch has nothing that counts"
+    class Some(nn.Module):
+        def forward(self, pred, y): return nn.functional.cross_entropy(pred[y>0], y[y>0]) if (y>0).any() else torch.zeros((), dtype=pred.dtype)
+    x,y = problem(64+16)
+    y[:1],y[8:16] = 0,0 # what the loss divides by is not the samples
+    large,small = (learner(64, bs, acc, Some(), data=(x,y), shuffle=False) for bs,acc in ((16,None), (BS,acc4)))
+    run_both(lambda l: l.fit(2, 0.1), large, small)
+    assert_same_run(large, small)
 
 def test_flat_loss():
     "fastai's own loss, at its precision"
     large,small = learner(73, 16, loss=CrossEntropyFlat()),learner(73, BS, acc4, CrossEntropyFlat(reduction='sum'))
-    for l in (large,small): run(l, lambda l: l.fit(2, 0.1))
+    run_both(lambda l: l.fit(2, 0.1), large, small)
     assert_same(large, small, 1e-6)
 
 @pytest.mark.parametrize('leftover,steps', (('step',10), ('drop',8), ('carry',10)))
 def test_leftover(leftover, steps):
     "19 micro-batches an epoch"
     l = run(learner(73, BS, partial(AccumulateStep, n_step=N_STEP, leftover=leftover)), lambda l: l.fit(2, 0.1))
-    assert len(l.steps.log)==steps
+    assert len(l.steps.log)==len(l.recorder.losses)==sum(l.recorder.nb_batches)==steps
+
+def test_carry():
+    "19 micro-batches an epoch, 38 in 10 windows: those of one epoch of two times the samples; no schedule ends before training does"
+    x,y = problem(152+16)
+    def batches(n, bs): return DataBunch(DataLoader(TensorDataset(x[:n], y[:n]), bs), DataLoader(TensorDataset(x[-16:], y[-16:]), 16), device=torch.device('cpu'))
+    x[76:152],y[76:152] = x[:76],y[:76]
+    large,small = learner(64, 16),learner(64, BS, partial(AccumulateStep, n_step=4, leftover='carry'))
+    large.data,small.data = batches(152, 16),batches(76, 4)
+    run(large, lambda l: l.fit(1, 0.1)), run(small, lambda l: l.fit(2, 0.1))
+    assert_same(large, small)
+    assert small.recorder.nb_batches==[4,6]
+    small.steps.log.clear()
+    run(small, lambda l: l.fit_one_cycle(3, 0.1))
+    assert len(small.steps.log)==len(small.recorder.lrs)==15 and small.recorder.lrs[-1]<small.recorder.lrs[-4]
+
+def test_windows_that_grow():
+    "Read as each window opens; there are as many batches for all others as there are steps, and no schedule ends before training does"
+    sizes = []
+    class Sizes(Callback):
+        n = 0
+        def on_batch_begin(self, train, **kwargs): self.n += train
+        def on_step_end(self, **kwargs): sizes.append(self.n); self.n = 0
+    learn = learner(64, BS, partial(AccumulateStep, n_step=lambda pct: 1+7*pct))
+    run(learn, lambda l: l.fit_one_cycle(4, 0.1, callbacks=[Sizes()]))
+    assert sum(sizes)==64 and sizes[0]==1 and max(sizes)==7
+    assert len(learn.recorder.losses)==len(learn.steps.log)==len(sizes)==sum(learn.recorder.nb_batches) and len(learn.recorder.nb_batches)==4
+
+def test_no_window_in_an_epoch():
+    for kw in (dict(n_step=17), dict(n_samples=65)):
+        learn = learner(64, BS, partial(AccumulateStep, leftover='drop', **kw))
+        with pytest.raises(ValueError, match="`leftover`='drop'.*the 16 micro-batches"): learn.fit(1, 0.1)
+        run(learn.detach_accum(), lambda l: l.fit(1, 0.1))
+
+def test_windows_that_cannot_be_counted():
+    learn = learner(64, BS, partial(AccumulateStep, n_samples=16))
+    x,y = problem(80)
+    ds = TensorDataset(x[:64], y[:64])
+    learn.data.train_dl.dl = DataLoader(ds, batch_sampler=[list(range(i, i+4)) for i in range(0, 64, 4)])
+    with pytest.raises(ValueError, match="`n_samples`=16: the dataloader's `batch_size` is None"): learn.fit(1, 0.1)
+    run(learn.to_accum(n_step=4), lambda l: l.fit(1, 0.1))
+    assert len(learn.steps.log)==4
+
+def test_more_windows_than_the_mean():
+    "The progress bar stops at its total, which is no reason to leave out windows"
+    learn = learner(64, BS, partial(AccumulateStep, n_step=lambda pct: 1 if pct<0.5 else 4))
+    run(learn, lambda l: l.fit(2, 0.1))
+    assert learn.recorder.nb_batches==[16,4]
 
 def test_flush_is_before_validation():
     "The validation loss is that of the large batch, so all steps are made when validation begins"
     large,small = learner(73, 16),learner(73, BS, acc4)
-    for l in (large,small): run(l, lambda l: l.fit(3, 0.1))
-    assert np.allclose(large.recorder.val_losses, small.recorder.val_losses, rtol=1e-5)
+    run_both(lambda l: l.fit(3, 0.1), large, small)
+    assert np.allclose(large.recorder.val_losses, small.recorder.val_losses, rtol=1e-12)
 
 class EndEarly(Callback):
     def on_batch_end(self, train, num_batch, **kwargs):
-        if train and num_batch==5: return {'stop_epoch':True}
+        if train and num_batch==2: return {'stop_epoch':True}
 def test_epoch_cut_short():
-    "Six micro-batches and out: a step of four, one of two before validation"
-    learn = learner(73, BS, acc4)
-    losses = []
-    class See(Callback):
-        def on_loss_begin(self, train, **kwargs):
-            if not train: losses.append(len(learn.steps.log))
-    run(learn, lambda l: l.fit(1, 0.1, callbacks=[EndEarly(),See()]))
-    assert len(learn.steps.log)==2 and losses[0]==2
+    "Three windows and out"
+    large,small = learner(73, 16),learner(73, BS, acc4)
+    run_both(lambda l: l.fit(2, 0.1, callbacks=[EndEarly()]), large, small)
+    assert len(small.steps.log)==6
+    assert_same_run(large, small)
 
-def test_one_cycle():
-    "Each step is made with the curve's value for its progress: within one window of the large batch's"
-    large,small = learner(64, 16),learner(64, BS, acc4)
-    for l in (large,small): run(l, lambda l: l.fit_one_cycle(5, 0.1))
-    a,b = ([s[1] for s in l.steps.log] for l in (large,small))
-    curve = small.recorder.lrs
-    assert len(a)==len(b)==20 and len(curve)==80 and np.allclose(a, curve[::4])
-    for i,lr in enumerate(b):
-        ends = a[i],a[i+1] if i<19 else 0.
-        assert lr==curve[4*i+3] and min(ends)<=lr<=max(ends)
+@pytest.mark.parametrize('num_it,stop_div', ((17,False), (30,True)))
+def test_lr_find(tmp_path, num_it, stop_div):
+    "The same points, the same suggestion; afterwards the weights are those before, and accumulation is on"
+    large,small = learner(73, 16, path=tmp_path/'a'),learner(73, BS, acc4, path=tmp_path/'b')
+    before = weights(small)
+    run_both(lambda l: l.lr_find(num_it=num_it, stop_div=stop_div), large, small)
+    assert_same_run(large, small, losses=1e-4)
+    assert len(large.steps.log)==num_it or stop_div
+    assert torch.equal(weights(small), before)
+    for l in (large,small): l.recorder.plot(suggestion=True, return_fig=True, skip_start=2, skip_end=1); l.steps.log.clear(); l.create_opt(0.1, l.wd)
+    assert large.recorder.min_grad_lr==small.recorder.min_grad_lr
+    run_both(lambda l: l.fit_one_cycle(2, 0.1), large, small)
+    assert_same_run(large, small)
 
-def test_one_cycle_and_a_short_window():
-    "An epoch's leftover is stepped with its last micro-batch's learning rate, not with one that is due after validation"
-    learn = run(learner(72, BS, acc4), lambda l: l.fit_one_cycle(2, 0.1))
-    assert [s[1] for s in learn.steps.log]==[learn.recorder.lrs[i] for i in (3,7,11,15,17,21,25,29,33,35)]
+def test_a_learner_goes_on(tmp_path):
+    "Fits, freezing, loading and a new optimizer, on one learner: a step every four micro-batches all along"
+    large,small = learner(64, 16, path=tmp_path),learner(64, BS, acc4, path=tmp_path)
+    small.fit_one_cycle(2, 0.1)
+    small.save('saved')
+    fs = lambda l: l.freeze_to(1), lambda l: l.unfreeze(), lambda l: l.load('saved'), lambda l: None
+    large.load('saved')
+    large.create_opt(0.1); small.create_opt(0.1)
+    for f in fs:
+        for l in (large,small): f(l); l.steps.log.clear(); run(l, lambda l: l.fit(1, 0.1))
+        assert_same_run(large, small)
 
-def test_lr_find_keeps_accumulating(tmp_path):
-    "`lr_find`, then fits, freezing, loading and a new optimizer, on one learner: a step every four micro-batches all along"
-    learn = learner(64, BS, acc4, path=tmp_path)
-    def steps(f):
-        learn.steps.log.clear()
-        run(learn, f)
-        return len(learn.steps.log)
-    assert steps(lambda l: l.lr_find(num_it=40, stop_div=False))==10
-    assert [s[1] for s in learn.steps.log]==learn.recorder.lrs[3::4] and len(learn.recorder.losses)==40
-    assert steps(lambda l: l.fit_one_cycle(2, 0.1))==8
-    learn.save('saved')
-    for f in (lambda l: l.unfreeze(), lambda l: l.freeze_to(1), lambda l: l.load('saved'), lambda l: l.create_opt(0.1), lambda l: None):
-        f(learn)
-        assert steps(lambda l: l.fit(1, 0.1))==4
-
-@pytest.mark.parametrize('exc', (ValueError,KeyboardInterrupt))
-@pytest.mark.parametrize('k', (0,2,3,17))
-def test_error(exc, k):
-    "A fit that dies leaves the plain optimizer and no gradient; the next one is right"
+@pytest.mark.parametrize('event,k,exc', (('on_backward_begin',0,ValueError), ('on_backward_begin',2,KeyboardInterrupt), ('on_backward_begin',7,ValueError), ('on_batch_begin',6,KeyboardInterrupt), ('on_backward_end',1,ValueError),
+    ('on_step_end',1,ValueError), ('on_batch_end',1,KeyboardInterrupt), ('on_epoch_begin',0,ValueError), ('on_train_begin',0,ValueError), ('on_epoch_end',0,KeyboardInterrupt)))
+def test_error(event, k, exc):
+    "A fit that dies leaves the plain optimizer, the plain dataloader and no gradient; the next one is right"
     class Boom(Callback):
-        def on_backward_begin(self, num_batch, **kwargs):
-            if num_batch==k: raise exc('boom')
+        n = -1
+        def boom(self, train=True, **kwargs):
+            train = train or event=='on_epoch_end'
+            self.n += train
+            if train and self.n==k: raise exc('boom')
+    setattr(Boom, event, Boom.boom)
     learn,other = learner(73, BS, acc4),learner(73, 16)
     with pytest.raises(exc): learn.fit(1, 0.1, callbacks=[Boom()])
-    assert type(learn.opt) is OptimWrapper and not any(p.grad.any() for p in learn.model.parameters() if p.grad is not None)
+    assert type(learn.data.train_dl).__name__=='DeviceDataLoader' and len(learn.data.train_dl)==19 and len(list(learn.data.train_dl))==19
+    assert clean(learn) or event in ('on_step_end',)
     other.model.load_state_dict(learn.model.state_dict())
-    for l in (learn,other): l.steps.log.clear(); l.create_opt(0.1, l.wd); run(l, lambda l: l.fit(2, 0.1))
-    assert_same(other, learn)
+    for l in (learn,other): l.steps.log.clear(); l.create_opt(0.1, l.wd)
+    for p in learn.model.parameters(): p.grad = None
+    run_both(lambda l: l.fit(2, 0.1), learn, other)
+    assert_same_run(other, learn)
 
 def test_to_accum():
     "For one learner, on and off again"
     learn,other = learner(64, BS),learner(64, BS)
     assert learn.to_accum(n_step=4) is learn
-    for l in (learn,other): run(l, lambda l: l.fit(1, 0.1))
+    run_both(lambda l: l.fit(1, 0.1), learn, other)
     assert (len(learn.steps.log),len(other.steps.log))==(4,16)
     learn.to_accum(n_step=8)
     with pytest.raises(ValueError, match='`n_step`=0'): learn.to_accum(0)
@@ -195,34 +248,32 @@ def test_to_accum():
 
 def test_for_one_fit():
     "As one of `fit`'s callbacks"
-    learn = learner(64, BS)
-    run(learn, lambda l: l.fit(1, 0.1, callbacks=[AccumulateStep(l, 4)]))
-    run(learn, lambda l: l.fit(1, 0.1))
-    assert len(learn.steps.log)==4+16
+    large,small = learner(64, 16),learner(64, BS)
+    run(large, lambda l: l.fit_one_cycle(2, 0.1)), run(small, lambda l: l.fit_one_cycle(2, 0.1, callbacks=[AccumulateStep(l, 4)]))
+    assert_same_run(large, small)
+    run(small, lambda l: l.fit(1, 0.1))
+    assert len(small.steps.log)==8+16
 
 def test_bad_input():
     for kw,match in ((dict(n_step=0), '`n_step`=0'), (dict(n_step='4'), "`n_step`='4'"), (dict(n_step=4, n_samples=8), 'only one'), (dict(leftover='no'), '`leftover`'), (dict(normalize='no'), '`normalize`')):
         with pytest.raises(ValueError, match=match): learner(40, BS, partial(AccumulateStep, **kw)).fit(1)
-    for cb in (acc4, partial(AccumulateScheduler, n_step=4)):
-        learn = learner(40, BS, acc4)
-        learn.callback_fns.append(cb)
-        with pytest.raises(ValueError, match='AccumulateSteps|AccumulateScheduler beside'): learn.fit(1)
-        assert type(learn.opt) is OptimWrapper
+    for p in (learn := learner(40, BS, acc4)).model.parameters(): p.requires_grad = False
+    with pytest.raises(ValueError, match='nothing to train'): learn.fit(1)
 
-def test_two_by_different_ways():
-    "One of the learner's and one of this fit's: refused at the first batch, and the learner is none the worse"
+class MyScheduler(AccumulateScheduler): pass
+
+@pytest.mark.parametrize('cb', (acc4, partial(AccumulateScheduler, n_step=4), partial(MyScheduler, n_step=4)), ids=('two','scheduler','subclass'))
+@pytest.mark.parametrize('way', ('callback_fns','callbacks','fit'))
+def test_one_is_enough(cb, way):
+    "However it came there; the learner is none the worse"
     learn = learner(64, BS, acc4)
-    with pytest.raises(ValueError, match='2 AccumulateSteps.*detach_accum'): learn.fit(1, 0.1, callbacks=[AccumulateStep(learn, 4)])
+    if way=='callback_fns': learn.callback_fns.append(cb)
+    elif way=='callbacks': learn.callbacks.append(cb(learn))
+    with pytest.raises(ValueError, match=f'{cb.func.__name__} beside AccumulateStep'): learn.fit(1, 0.1, callbacks=[cb(learn)] if way=='fit' else [])
     assert type(learn.opt) is OptimWrapper and learn.steps.log==[]
-    run(learn, lambda l: l.fit(1, 0.1))
+    learn.callback_fns,learn.callbacks = [f for f in learn.callback_fns if f is not cb or cb is acc4],[learn.steps]
+    run(learn.to_accum(4), lambda l: l.fit(1, 0.1))
     assert len(learn.steps.log)==4
-
-def test_fp16_is_refused():
-    "`to_fp16` keeps copies of the weights that it steps on"
-    learn = learner(40, BS, acc4)
-    from fastai.callbacks.fp16 import MixedPrecision
-    learn.callbacks.append(MixedPrecision(learn))
-    with pytest.raises(ValueError, match=r'MixedPrecision beside AccumulateStep.*to_fp32'): learn.fit(1)
 
 def test_what_fastai_ships():
     """fastai 1's own `AccumulateScheduler`: where windows divide the epoch it fails on today's torch, which leaves no gradient after `zero_grad`; where they don't,
@@ -235,7 +286,7 @@ def test_what_fastai_ships():
         class See(Callback):
             def on_loss_begin(self, train, **kwargs):
                 if not train: before.setdefault(id(l), len(l.steps.log))
-        torch.manual_seed(3)
+        seed(3)
         l.fit(1, 0.1, callbacks=[See()])
     assert [before[id(l)] for l in (large,ours,other)]==[5,5,4]
     assert_same(large, ours)
