@@ -573,6 +573,7 @@ def _one_loss(self:MicroBatch, passes, all_passes):
     def later():
         all_passes.check(learn.loss_grad)
         learn._backward()
+        passes.win.f32.start() # a backward pass for each micro-batch
         all_passes.backward()
     passes.later = later
     return partial(self._agreed, all_passes.forward)

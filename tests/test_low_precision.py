@@ -95,6 +95,17 @@ def test_same_in_each_host(mk, dtype, in_loop):
         assert torch.equal(together(learn.grads.steps[0]), together(in_loop[dtype][n][0])), n
     assert no_trace(learn.model)
 
+@pytest.mark.parametrize('dtype', LOW, ids=str)
+def test_one_loss(dtype):
+    "With `sync_loss=True` each micro-batch has a backward pass of its own, too"
+    model,x,y = batch(dtype)
+    truth = deepcopy(model).double()
+    CE(truth(x.double()), y).backward()
+    large,small = fitted(model, x, y, BS),fitted(model, x, y, BS, MicroBatch(2, sync_loss=True))
+    off = [rel(together(grads(truth)), together(l.grads.steps[0])) for l in (large,small)]
+    assert off[1]<=1.1*off[0], off
+    assert no_trace(small.model)
+
 # ---- what there is while a window is open
 
 class Look(Callback):

@@ -295,3 +295,22 @@ def test_nothing_of_fastai_2():
     "The import brings fastai 1's room only"
     code = "import fastai_accum,sys; print([m for m in sys.modules if m in ('fastai_accum.accumulate','fastai.learner','fastai.basics.all')], 'fastai_accum.fastai1' in sys.modules)"
     assert subprocess.check_output([sys.executable,'-W','ignore','-c',code], text=True).split('\n')[-2]=='[] True'
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16,torch.float16), ids=str)
+def test_low_precision(dtype):
+    "Gradients are added up in float32: as near to float64 as the large batch's, of the same rounded weights"
+    x,y = problem(64+16)
+    class Grads(Callback):
+        _order = 50
+        def __init__(self, learn): self.learn,self.log = learn,[]
+        def on_backward_end(self, **kwargs): self.log.append(torch.cat([p.grad.double().flatten() for p in self.learn.model.parameters()]))
+    def gradient(bs, acc, dtype_):
+        learn = learner(64, bs, acc, data=(x.to(dtype).to(dtype_), y))
+        learn.model.to(dtype).to(dtype_)
+        learn.data.valid_dl = None # fastai 1 can't make arrays of bfloat16
+        grads = Grads(learn)
+        learn.fit(1, 0., callbacks=[grads])
+        assert not any(p._backward_hooks for p in learn.model.parameters())
+        return grads.log[-1]
+    exact,large,small = gradient(64, None, torch.float64),gradient(64, None, dtype),gradient(1, partial(AccumulateStep, n_step=64), dtype)
+    assert (small-exact).norm()<=1.3*(large-exact).norm() # a net of two layers: with sums in `dtype`, 2 to 4 times
