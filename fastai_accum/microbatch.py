@@ -100,7 +100,8 @@ class MicroBatch(Host):
         if pool and sync_loss: raise ValueError("`pool`=True and `sync_loss`=True: each process has one loss, in which nothing is weighed. Leave out `pool`; the loss itself can gather the outputs of all processes")
         check_choice('unsharded', unsharded, ('grads','all',None))
         store_attr()
-        self.auto,self.sizes,self.moments,self.mixed = bs=='auto',Sizes(),Moments(),WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
+        self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
+        self.mixed = WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
         self.valid = self.run_valid = ifnone(valid, self.auto)
 
@@ -322,10 +323,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     ns = [n_samples(x, y) for x,y in parts] if self.split else even_sizes(n, bs)
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
-    reduction = self._reduction(learn)
-    known = not self.pool and learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
-    self.win = Window(n, reduction, counts=target_counts(learn.loss_func, yb[0], ns) if known else None, sums='none', low=self.low, reducer=self.reducer if learn.training else None, local=not self.pool)
-    if learn.training: self.win.watch(self.ends)
+    self.win = self._window(learn, yb, n, ns)
     micro = [x for x,_ in parts],ns
     if self.sync_loss: parts,ns,bs = [(xb,self._whole_targets(yb, parts, ns))],[n],n # for all but the model, it is one
     passes = Passes(learn, parts, ns, self.win, self.depth)
@@ -335,6 +333,16 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
     return passes
+
+@patch
+def _window(self:MicroBatch, learn, yb, n, ns):
+    "The window of a batch of `n` samples in micro-batches of `ns`"
+    reduction,reducer = self._reduction(learn),self.reducer if learn.training else None
+    known = not self.pool and learn.training and len(yb) and self.normalize=='auto' and reduction=='mean' and self.split is None
+    counts = target_counts(learn.loss_func, yb[0], ns) if known else None
+    win = Window(n, reduction, counts=counts, sums='none', low=self.low, reducer=reducer, local=not self.pool)
+    if learn.training: win.watch(self.ends)
+    return win
 
 @patch
 def _readers(self:MicroBatch):
@@ -511,13 +519,22 @@ def _norms(self:MicroBatch, passes):
         self.moments.flush()
     else:
         if not self.sync_loss: passes.defer()
-        if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
-        if self.fitting and self.threads is None: self.threads = Lockstep()
-        with jointly(inner, xs, self.offload, self.threads) as forward:
-            if not self._ddp: forward()
-            elif self.sync_loss: self._agreed(partial(self._forward_in_ddp, learn, forward))
-            else: self._forward_in_ddp(learn, forward)
-            yield [self._one_loss(passes, OnePass(forward.outs, ns, forward.notes, self.known, OfFewer(inner, xs[0], ns[0])))] if self.sync_loss else [partial(forward.answer, i) for i in range(len(xs))]
+        with self._in_lockstep(passes, inner) as forward:
+            if not self.sync_loss: yield [partial(forward.answer, i) for i in range(len(xs))]
+            else: yield [self._one_loss(passes, OnePass(forward.outs, ns, forward.notes, self.known, OfFewer(inner, xs[0], ns[0])))]
+
+@patch
+@contextmanager
+def _in_lockstep(self:MicroBatch, passes, inner):
+    "The forward passes of all micro-batches, side by side"
+    learn = passes.learn
+    if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
+    if self.fitting and self.threads is None: self.threads = Lockstep()
+    with jointly(inner, passes.micro[0], self.offload, self.threads) as forward:
+        if not self._ddp: forward()
+        elif self.sync_loss: self._agreed(partial(self._forward_in_ddp, learn, forward))
+        else: self._forward_in_ddp(learn, forward)
+        yield forward
 
 # %% ../nbs/10_microbatch.ipynb #c0de0002
 @patch

@@ -159,8 +159,9 @@ def _cat(ts, shapes, dim):
 def _side_by_side(ts, dim):
     "Are `ts` views of one tensor, each beginning along `dim` where the one before ends?"
     if any(t.layout!=torch.strided for t in ts): return False
-    o,begins = ts[0],itertools.accumulate((t.shape[dim]*t.stride(dim) for t in ts), initial=ts[0].storage_offset())
-    return all((t.untyped_storage()._cdata,type(t),t.dtype,t.stride(),t.storage_offset())==(o.untyped_storage()._cdata,type(o),o.dtype,o.stride(),i) for t,i in zip(ts, begins))
+    def same(t): return t.untyped_storage()._cdata,type(t),t.dtype,t.stride()
+    begins = itertools.accumulate((t.shape[dim]*t.stride(dim) for t in ts), initial=ts[0].storage_offset())
+    return all(same(t)==same(ts[0]) and t.storage_offset()==i for t,i in zip(ts, begins))
 
 def _same_memory(ts, by_sample=()):
     "Are `ts` one tensor, and no view that is spread over as many samples as there are?"
@@ -207,7 +208,8 @@ class Outputs:
             res = copy(o)
             for k in o: res[k] = self._each(i, o[k], f, f'{name}[{k!r}]')
             return res
-        if isinstance(o, PackedSequence) or isinstance(o, (list,L)) and len(o)==self.ns[i]: return nested(lambda t: t.detach() if isinstance(t, Tensor) else t, o)
+        if isinstance(o, PackedSequence) or isinstance(o, (list,L)) and len(o)==self.ns[i]:
+            return nested(lambda t: t.detach() if isinstance(t, Tensor) else t, o)
         return again(o, [self._each(i, v, f, f'{name}[{k}]') for k,v in enumerate(o)]) if isinstance(o, (list,tuple,L)) else o
 
     def _make(self, a, b, name):
@@ -215,7 +217,8 @@ class Outputs:
         if a is None or _kind(a)!=_kind(b) or a.layout!=torch.strided: return
         dim = next((d for d in range(min(a.ndim, b.ndim)) if [a.shape[d],b.shape[d]]==self.ns[:2]), None)
         if dim is None or a.stride(dim)==0 or _same_memory([a, b], [dim]): return
-        form = next((f for f in (torch.contiguous_format,torch.channels_last,torch.channels_last_3d) if b.is_contiguous(memory_format=f)), torch.contiguous_format)
+        forms = torch.contiguous_format,torch.channels_last,torch.channels_last_3d
+        form = next((f for f in forms if b.is_contiguous(memory_format=f)), forms[0])
         one = torch.cat([a.detach().narrow(dim, 0, 1)], dim) # of the class that `torch.cat` would return
         self.wholes[name] = torch.empty_like(one.expand(*a.shape[:dim], sum(self.ns), *a.shape[dim+1:]), memory_format=form),dim
 
