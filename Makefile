@@ -51,7 +51,7 @@ docs: env
 
 test: env $(FASTAI1)/.done
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sync.sh --check
-	OMP_NUM_THREADS=1 $(PY) -W ignore tools/notebooks.py # a process for each, as they patch fastai's classes; two at a time, of one thread each
+	OMP_NUM_THREADS=1 $(PY) tools/notebooks.py # a process for each, as they patch fastai's classes; two at a time, of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile # a file stays in one of the two processes, where what its tests share is set up once
 	$(MAKE) test-fastai1
 
