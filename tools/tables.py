@@ -1,4 +1,4 @@
-"Write the tables of `benchmarks/peers.json` and `benchmarks/gpu.json` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
+"Write the tables of `benchmarks/peers.json`, `benchmarks/contrastive.json` and `benchmarks/gpu.json` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
 import json,re,sys
 from pathlib import Path
 from statistics import median
@@ -8,7 +8,7 @@ COLS = {'even':'even windows', 'short last window':'short last window', 'uneven 
         'clipped':'clipped', 'two epochs':'two epochs', 'fp16-scaled':'scaled, as for fp16', 'BatchNorm':'BatchNorm', 'one-cycle':'one-cycle: weights', 'lr':'one-cycle: lr', 'lr_find':'`lr_find`'}
 
 FEW = 'even','short last window','uneven micro-batches','ignored targets','class weights','BatchNorm','lr','lr_find'
-PAGES = {'index.ipynb':['summary'], 'benchmarks.ipynb':['where','exactness','options','failed','times'], 'gpu.ipynb':['gpu']} # and the tables that each has
+PAGES = {'index.ipynb':['summary'], 'benchmarks.ipynb':['where','exactness','options','failed','times','where_contrastive','contrastive'], 'gpu.ipynb':['gpu']} # and the tables that each has
 
 def table(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---']*len(head), *rows)).replace('|  |', '| |')
 def num(v): return '0' if v==0 else f'{v:.0e}'.replace('e-0', 'e-') if v<1e-3 else f'{v:.2g}'
@@ -77,20 +77,32 @@ def gpu(
     head = f"{res['date']}, {res['where']}. {held.count(True)} of {len(held)} bounds held" + (f"; these parts failed: {', '.join(broke)}." if broke else '.')
     return '\n\n'.join([head, *map(gpu_part, res['parts'].values())])
 
+def contrastive(res):
+    "Distance, time and peak memory of each way to train on contrastive batches"
+    rows = res['contrastive']['rows']
+    def times(r): return f"{1e3*median(r['secs']):.3g} ms ({median(a/b for a,b in zip(r['secs'], rows['loop']['secs'])):.2f})"
+    return table(['', 'weights off', 'time of a batch', 'peak memory'], [[r['label'], num(r['err']), times(r), f"{r['peak_bytes']/2**20:.3g} MiB"] for r in rows.values()])
+
+def where_contrastive(res):
+    "When, where and how often"
+    r = res['contrastive']
+    return f"{r['date']}, {r['where'].split('+')[0]}. Times are medians of {r['repeats']} epochs of {r['n']} batches in random turn."
+
 def fill(
     src:str, # The notebook's text, with `<!-- exactness -->` before its table and `<!-- /exactness -->` after it; the same for the others
-    res:dict, # What is in `benchmarks/peers.json`
+    res:dict, # What is in `benchmarks/peers.json`, and in `benchmarks/contrastive.json` as its item 'contrastive'
     on_gpu:dict|None=None # What is in `benchmarks/gpu.json`
 )->str: # The same with the tables of both
-    for f in (summary,where,exactness,options,failed,times,gpu):
+    for f in (summary,where,exactness,options,failed,times,where_contrastive,contrastive,gpu):
         pat = re.compile(rf'(<!-- {f.__name__} -->\n)(?:.*?\n)??(<!-- /{f.__name__} -->)', re.S)
         src = pat.sub(lambda m: f'{m[1]}\n{on_page(on_gpu) if f is gpu else f(res)}\n\n{m[2]}', src)
     return src
 
 def on_page(res): return gpu(res) + ('' if res is None else '\n\n![Peak memory, time and throughput](images/gpu.png)')
 
-def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json', gpu_numbers=root/'benchmarks/gpu.json'):
+def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json', gpu_numbers=root/'benchmarks/gpu.json', contrastive_numbers=root/'benchmarks/contrastive.json'):
     res,on_gpu = json.loads(numbers.read_text()),json.loads(gpu_numbers.read_text()) if gpu_numbers.exists() else None
+    res['contrastive'] = json.loads(contrastive_numbers.read_text())
     if on_gpu and (on_gpu['tiny'] or not on_gpu['gpu']): sys.exit(f'{gpu_numbers} has tiny sizes, or was made without a GPU: `make gpu` on a machine with one measures')
     for name,tables in PAGES.items():
         page = pages/name
