@@ -6,12 +6,12 @@ from common import *
 from microbatch import peak
 from fastai_accum import MicroBatch
 from fastcore.script import call_parse
-from importlib.metadata import version
 
-MODULES = 'argparse ast asyncio base64 bisect calendar cmath collections configparser contextlib csv ctypes datetime decimal difflib dis email.message email.policy enum fractions ftplib functools gzip ' \
-          'heapq html http.client http.cookiejar inspect io ipaddress itertools json logging lzma mailbox math multiprocessing numbers operator os pathlib pickle platform plistlib pprint random re sched ' \
-          'shutil smtplib socket sqlite3 ssl statistics string struct subprocess symtable tarfile tempfile textwrap threading timeit tokenize traceback types typing unittest unittest.mock urllib.parse urllib.request uuid ' \
-          'weakref xml.dom.minidom xml.etree.ElementTree zipfile zoneinfo'.split()
+MODULES = """argparse ast asyncio base64 bisect calendar cmath collections configparser contextlib csv ctypes datetime decimal difflib dis email.message
+    email.policy enum fractions ftplib functools gzip heapq html http.client http.cookiejar inspect io ipaddress itertools json logging lzma
+    mailbox math multiprocessing numbers operator os pathlib pickle platform plistlib pprint random re sched shutil smtplib socket sqlite3 ssl
+    statistics string struct subprocess symtable tarfile tempfile textwrap threading timeit tokenize traceback types typing unittest
+    unittest.mock urllib.parse urllib.request uuid weakref xml.dom.minidom xml.etree.ElementTree zipfile zoneinfo""".split()
 
 def pairs():
     "Names of what the standard library's modules have, and the first sentences of their docstrings"
@@ -92,8 +92,9 @@ def by_sentences(model, a, b, bs):
 class Batches(list): "Batches that are on the device already"
 
 def by_learner(model, batches, *cbs, lr=0.05):
-    learn = Learner(DataLoaders(Batches(batches), Batches()), model, loss_func=ranking, opt_func=SGD, cbs=TrainEvalCallback(), default_cbs=False) # fastai's Recorder knows no float64
-    for dl in learn.dls.loaders: dl.n_inp = 2
+    dls = DataLoaders(Batches(batches), Batches())
+    for dl in dls.loaders: dl.n_inp = 2
+    learn = Learner(dls, model, loss_func=ranking, opt_func=SGD, cbs=TrainEvalCallback(), default_cbs=False) # fastai's Recorder knows no float64
     learn.fit(1, lr, cbs=cbs)
 
 def by_loop(grad, model, batches, bs, lr=0.05):
@@ -114,19 +115,23 @@ def timed(f, *args):
 
 def ways(bs):
     "Functions `(model, batches)` that train for an epoch"
-    return {'whole':by_learner, 'loop':partial(by_loop, by_parts, bs=bs), 'MicroBatch':lambda m,bat: by_learner(m, bat, MicroBatch(bs)), 'sync_loss':lambda m,bat: by_learner(m, bat, MicroBatch(bs, sync_loss=True)),
-            'cache':partial(by_loop, by_cache, bs=bs), 'sentence_transformers':partial(by_loop, by_sentences, bs=bs)}
+    def learner(**kwargs): return lambda model,batches: by_learner(model, batches, MicroBatch(bs, **kwargs))
+    loops = dict(loop=by_parts, cache=by_cache, sentence_transformers=by_sentences)
+    res = dict(whole=by_learner, MicroBatch=learner(), sync_loss=learner(sync_loss=True), **{k:partial(by_loop, f, bs=bs) for k,f in loops.items()})
+    return {k:res[k] for k in labels(0, bs)}
 
 def labels(n, bs):
-    return {'whole':f'the real batch of {n}, a plain `Learner`', 'loop':f'a loop, each {bs} by themselves', 'MicroBatch':f'**`MicroBatch({bs})`**', 'sync_loss':f'**`MicroBatch({bs}, sync_loss=True)`**',
-            'cache':'gradient caching, a loop written by hand', 'sentence_transformers':'sentence-transformers {} `CachedMultipleNegativesRankingLoss`, in the same loop'}
+    "What the table calls each of them"
+    return dict(whole=f'the real batch of {n}, a plain `Learner`', loop=f'a loop, each {bs} by themselves', MicroBatch=f'**`MicroBatch({bs})`**',
+                sync_loss=f'**`MicroBatch({bs}, sync_loss=True)`**', cache='gradient caching, a loop written by hand',
+                sentence_transformers='sentence-transformers {} `CachedMultipleNegativesRankingLoss`, in the same loop')
 
 def weights(m): return nn.utils.parameters_to_vector(m.parameters()).detach()
 
 @call_parse
 def main(
-    repeats:int=9, # Epochs timed for each, in turn; medians are shown
-    n:int=4, # Batches in an epoch
+    repeats:int=7, # Epochs timed for each, in turn; medians are shown
+    n:int=8, # Batches in an epoch
     n_batch:int=128, # Samples in a batch
     bs:int=8, # Samples in a micro-batch
     out:str='benchmarks/contrastive.json' # The numbers
@@ -134,8 +139,12 @@ def main(
     at = where()
     set_seed(42)
     batches,model,runs,names = data(n, n_batch),TwoTowers().to(DEVICE),ways(bs),labels(n_batch, bs)
-    try: names['sentence_transformers'] = names['sentence_transformers'].format(version('sentence-transformers')); import sentence_transformers
-    except ImportError as e: print('without sentence-transformers:', e); del runs['sentence_transformers'],names['sentence_transformers']
+    try:
+        import sentence_transformers
+        names['sentence_transformers'] = names['sentence_transformers'].format(sentence_transformers.__version__)
+    except ImportError as e:
+        print('without sentence-transformers:', e)
+        del runs['sentence_transformers']
     exact,rows = {},{}
     for k,f in runs.items():
         exact[k] = deepcopy(model).double()
@@ -143,7 +152,9 @@ def main(
     large,few = weights(exact['whole']),batches[:1]
     secs = interleaved({k:partial(timed, f, deepcopy(model), batches) for k,f in runs.items()}, repeats, 1)
     for k,f in runs.items():
-        rows[k] = dict(label=names[k], err=((weights(exact[k])-large).norm()/large.norm()).item(), peak_bytes=peak(partial(f, deepcopy(model), few)), secs=[s/n for s in secs[k]])
-        print(f"{names[k]:90}{rows[k]['err']:10.1e}{1e3*median(rows[k]['secs']):10.1f} ms{ratio(secs[k], secs['loop']):8.2f} times{rows[k]['peak_bytes']/2**20:10.2f} MiB")
-    Path(out).write_text(json.dumps(dict(date=time.strftime('%Y-%m-%d'), where=at, repeats=repeats, n=n, n_batch=n_batch, bs=bs, rows=rows), indent=1)+'\n')
+        err = ((weights(exact[k])-large).norm()/large.norm()).item()
+        r = rows[k] = dict(label=names[k], err=err, peak_bytes=peak(partial(f, deepcopy(model), few)), secs=[s/n for s in secs[k]])
+        print(f"{names[k]:90}{err:10.1e}{1e3*median(r['secs']):10.1f} ms{ratio(secs[k], secs['loop']):8.2f} times{r['peak_bytes']/2**20:10.2f} MiB")
+    res = dict(date=time.strftime('%Y-%m-%d'), where=at, repeats=repeats, n=n, n_batch=n_batch, bs=bs, rows=rows)
+    Path(out).write_text(json.dumps(res, indent=1)+'\n')
     print(f'{at}; numbers in {out}')
