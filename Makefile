@@ -6,9 +6,10 @@ PY := $(VENV)/bin/python
 FASTAI1 := $(VENV)/fastai1
 
 help:
-	@echo "make demo    train digits as bs=32, as 4x8 with AccumulateStep, and otherwise; a table and out/digits.png"
+	@echo "make demo    train digits by a recipe for bs=64, as 16x4 with AccumulateStep, and otherwise; a table and out/digits.png"
 	@echo "make test    notebooks and package in step, notebooks run, tests pass"
 	@echo "make test-fastai1   the tests of fastai 1 alone"
+	@echo "make test-oldest    the tests that need no notebook, with the oldest fastai and torch, in an environment of its own"
 	@echo "make bench   exactness, time, memory and communication against fastai's own callback, a hand-written loop and other libraries; an environment of its own"
 	@echo "make gpu     on a machine with a GPU: the tests that need one, then numbers for the page of it; PYTHON names the interpreter, nothing is installed"
 	@echo "make docs    the site in _docs, with Quarto where it is installed and otherwise in plain pages; nothing is run again"
@@ -31,6 +32,7 @@ $(BENCH)/.done: settings.ini setup.py pyproject.toml benchmarks/peers/install.sh
 
 bench: $(BENCH)/.done
 	$(BENCH)/bin/python -W ignore benchmarks/peers.py --envs $(BENCH)
+	$(BENCH)/bin/python -W ignore benchmarks/learners.py
 	$(BENCH)/bin/python -W ignore benchmarks/overhead.py
 	$(BENCH)/bin/python -W ignore benchmarks/microbatch.py
 	$(BENCH)/bin/python -W ignore benchmarks/communication.py
@@ -64,4 +66,14 @@ $(FASTAI1)/.done: $(VENV)/.done
 test-fastai1: $(FASTAI1)/.done
 	PYTHONPATH=$(abspath $(FASTAI1)) TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 $(PY) -W ignore -m pytest tests_fastai1
 
-.PHONY: help env demo bench gpu sync docs test test-fastai1
+# The oldest fastai that is not refused, and its torch; it goes with no nbdev, so the tests of pages and package are left out
+OLDEST ?= .venv-oldest
+$(OLDEST)/.done: Makefile
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check fastai==2.7.19 torch==2.6.0 scikit-learn accelerate pytest pytest-xdist hypothesis
+	@touch $@
+
+test-oldest: $(OLDEST)/.done
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(OLDEST)/bin/python -W ignore -m pytest -n 2 --dist loadfile $(addprefix tests/test_,parity.py windows.py losses.py microbatch.py batchnorm.py companions.py loop.py noise.py check.py)
+
+.PHONY: help env demo bench gpu sync docs test test-fastai1 test-oldest

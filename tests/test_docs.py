@@ -65,7 +65,8 @@ def test_github():
     for o in flows.values():
         assert o['name'] and o[True] and all(j['runs-on'] and all('uses' in s or 'run' in s for s in j['steps']) for j in o['jobs'].values()) # YAML 1.1 reads `on` as True
     assert flows['deploy'][True]['push']=={'branches':['main']} and flows['deploy']['permissions']=={'contents':'write', 'pages':'write'}
-    job, = flows['test']['jobs'].values()
+    job,oldest = (flows['test']['jobs'][o] for o in ('test','oldest'))
+    assert oldest['steps'][-1]['run']=='make test-oldest' and "fastai==2.7.19 " in (root/'Makefile').read_text() and oldest['steps'][1]['with']['python-version']==cfg['DEFAULT']['min_python']
     assert job['steps'][-1]['run']=='make test' and job['strategy']['matrix']['python']==[cfg['DEFAULT']['min_python'],cfg['DEFAULT']['max_python']]
     for f in (root/'.github/ISSUE_TEMPLATE').iterdir():
         o = yaml.safe_load(f.read_text())

@@ -99,6 +99,29 @@ def test_needs_fastai(code, without_fastai):
     end,err = without_fastai[code]
     assert end and 'ImportError: fastai_accum extends fastai, which is not installed' in err and '`pip install fastai`' in err
 
+OLD = {'2.7.18':'2.7.19', '2.6.3':'2.7.19', '2.0.0':'2.7.19', '1.0.60':'1.0.61'}
+FASTAI_IS = """
+import importlib.metadata as meta
+_version = meta.version
+meta.version = lambda name: '{}' if name=='fastai' else _version(name)
+import fastai_accum
+"""
+
+@pytest.fixture(scope='module')
+def versions(): return python(*(FASTAI_IS.format(v) for v in (*OLD,'2.7.19','2.10.0')))
+
+@pytest.mark.parametrize('old', OLD)
+def test_old_fastai(old, versions):
+    "A fastai older than those that are tested is refused as the package is imported"
+    end,err = versions[FASTAI_IS.format(old)]
+    assert end and f"ImportError: fastai_accum needs fastai {OLD[old]} or later, and fastai {old} is installed: `pip install 'fastai>={OLD[old]}'`" in err
+
+@pytest.mark.parametrize('v', ('2.7.19','2.10.0'))
+def test_fastai_is_recent(v, versions):
+    "The oldest that is tested is not refused, nor is one with a number of two digits"
+    end,err = versions[FASTAI_IS.format(v)]
+    assert not end, err
+
 NAMES = 'AccumulateOptimizer AccumulateStep MicroBatch NoiseScale AccumulationCheck counts_elements'.split()
 SAME = f"import fastai_accum as f; assert f.__all__=={NAMES} and all(k in vars(f) for k in f.__all__) and '__getattr__' not in vars(f)"
 ROOMS = "import fastai_accum,sys; assert 'fastai_accum.fastai1' not in sys.modules and 'fastai_accum.accumulate' in sys.modules"

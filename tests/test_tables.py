@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
 from tables import PAGES,main
 
-NUMBERS = ROOT/'benchmarks/peers.json'
+NUMBERS,OWN = ROOT/'benchmarks/peers.json',ROOT/'benchmarks/learners.json'
 
 def test_pages(): main(check=True)
 
@@ -19,6 +19,15 @@ def test_digit(tmp_path):
     for m in found:
         other.write_text(text[:m.start(1)] + str((int(m[1])+1)%10) + text[m.end(1):])
         with pytest.raises(SystemExit, match='are not those of'): main(check=True, numbers=other)
+
+def test_learners(tmp_path):
+    "So it does for a digit of fastai's own learners"
+    text,other = OWN.read_text(),tmp_path/'learners.json'
+    found = [*re.finditer(r'"(?:GradientAccumulation|AccumulateStep|MicroBatch|sync_bn)": (\d)', text)]
+    assert len(found)==4*len(json.loads(text)['rows'])
+    for m in found:
+        other.write_text(text[:m.start(1)] + str((int(m[1])+1)%10) + text[m.end(1):])
+        with pytest.raises(SystemExit, match='are not those of'): main(check=True, own=other)
 
 def test_time(tmp_path):
     "So it does for the times of any row"
