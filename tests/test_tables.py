@@ -39,6 +39,16 @@ def test_time(tmp_path):
         other.write_text(json.dumps(res))
         with pytest.raises(SystemExit, match='are not those of'): main(check=True, numbers=other)
 
+def test_contrastive(tmp_path):
+    "So it does for each number of the table of contrastive losses"
+    text,other = (ROOT/'benchmarks/contrastive.json').read_text(),tmp_path/'contrastive.json'
+    for k in json.loads(text)['rows']:
+        for what,change in dict(err=lambda v: 2*v+1e-3, peak_bytes=lambda v: 2*v, secs=lambda v: [2*s for s in v]).items():
+            res = json.loads(text)
+            res['rows'][k][what] = change(res['rows'][k][what])
+            other.write_text(json.dumps(res))
+            with pytest.raises(SystemExit, match='are not those of'): main(check=True, contrastive_numbers=other)
+
 @pytest.mark.parametrize('page', PAGES)
 def test_no_table(tmp_path, page):
     for p in PAGES: (tmp_path/p).write_text((ROOT/'nbs'/p).read_text() if p!=page else '{"cells": []}')

@@ -1,4 +1,4 @@
-"Write the tables of `benchmarks/peers.json`, `benchmarks/learners.json` and `benchmarks/gpu.json` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
+"Write the tables of the JSON files in `benchmarks/` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
 import json,re,sys
 from pathlib import Path
 from statistics import median
@@ -9,7 +9,7 @@ COLS = {'even':'even windows', 'short last window':'short last window', 'uneven 
 
 FEW = 'even','short last window','uneven micro-batches','ignored targets','class weights','BatchNorm','lr','lr_find'
 ROWS = 'fastai','lightning','trainer','AccumulateStep','MicroBatch' # in the summary
-PAGES = {'index.ipynb':['summary','few_learners'], 'benchmarks.ipynb':['where','exactness','options','failed','times','where_learners','learners'], 'gpu.ipynb':['gpu']} # and the tables that each has
+PAGES = {'index.ipynb':['summary','few_learners'], 'benchmarks.ipynb':['where','exactness','options','failed','times','where_learners','learners','where_contrastive','contrastive'], 'gpu.ipynb':['gpu']} # and the tables that each has
 
 def table(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---']*len(head), *rows)).replace('|  |', '| |')
 def num(v): return '0' if v==0 else f'{v:.0e}'.replace('e-0', 'e-') if v<1e-3 else f'{v:.2g}'
@@ -78,6 +78,17 @@ def gpu(
     head = f"{res['date']}, {res['where']}. {held.count(True)} of {len(held)} bounds held" + (f"; these parts failed: {', '.join(broke)}." if broke else '.')
     return '\n\n'.join([head, *map(gpu_part, res['parts'].values())])
 
+def contrastive(res):
+    "Distance, time and peak memory of each way to train on contrastive batches"
+    rows = res['contrastive']['rows']
+    def times(r): return f"{1e3*median(r['secs']):.3g} ms ({median(a/b for a,b in zip(r['secs'], rows['loop']['secs'])):.2f})"
+    return table(['', 'weights off', 'time of a batch', 'peak memory'], [[r['label'], num(r['err']), times(r), f"{r['peak_bytes']/2**20:.3g} MiB"] for r in rows.values()])
+
+def where_contrastive(res):
+    "When, where and how often"
+    r = res['contrastive']
+    return f"{r['date']}, {r['where'].split('+')[0]}. Times are medians of {r['repeats']} epochs of {r['n']} batches in random turn."
+
 WAYS = {'GradientAccumulation':"fastai's `GradientAccumulation`", 'AccumulateStep':'`AccumulateStep`', 'MicroBatch':'`MicroBatch`', 'sync_bn':'`MicroBatch(sync_bn=True)`'}
 FEW_LEARNERS = 'vision','unet','tabular'
 
@@ -94,28 +105,33 @@ def where_learners(res):
 
 def fill(
     src:str, # The notebook's text, with `<!-- exactness -->` before its table and `<!-- /exactness -->` after it; the same for the others
-    res:dict, # What is in `benchmarks/peers.json`, and in `benchmarks/learners.json` as `learners`
+    res:dict, # What is in `benchmarks/peers.json`, and in `learners.json` and `contrastive.json` as `learners` and `contrastive`
     on_gpu:dict|None=None # What is in `benchmarks/gpu.json`
-)->str: # The same with the tables of both
-    for f in (summary,where,exactness,options,failed,times,where_learners,few_learners,learners,gpu):
+)->str: # The same with the tables of all
+    for f in (summary,where,exactness,options,failed,times,where_learners,few_learners,learners,where_contrastive,contrastive,gpu):
         pat = re.compile(rf'(<!-- {f.__name__} -->\n)(?:.*?\n)??(<!-- /{f.__name__} -->)', re.S)
         src = pat.sub(lambda m: f'{m[1]}\n{on_page(on_gpu) if f is gpu else f(res)}\n\n{m[2]}', src)
     return src
 
 def on_page(res): return gpu(res) + ('' if res is None else '\n\n![Peak memory, time and throughput](images/gpu.png)')
 
-def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json', own=root/'benchmarks/learners.json', gpu_numbers=root/'benchmarks/gpu.json'):
-    res,on_gpu = {**json.loads(numbers.read_text()), 'learners':json.loads(own.read_text())},json.loads(gpu_numbers.read_text()) if gpu_numbers.exists() else None
+def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json', own=root/'benchmarks/learners.json',
+         contrastive_numbers=root/'benchmarks/contrastive.json', gpu_numbers=root/'benchmarks/gpu.json'):
+    res = {**json.loads(numbers.read_text()), 'learners':json.loads(own.read_text()), 'contrastive':json.loads(contrastive_numbers.read_text())}
+    on_gpu = json.loads(gpu_numbers.read_text()) if gpu_numbers.exists() else None
     if on_gpu and (on_gpu['tiny'] or not on_gpu['gpu']): sys.exit(f'{gpu_numbers} has tiny sizes, or was made without a GPU: `make gpu` on a machine with one measures')
+    def source(t): return gpu_numbers if t=='gpu' else own if 'learners' in t else contrastive_numbers if 'contrastive' in t else numbers
     for name,tables in PAGES.items():
         page = pages/name
         nb = json.loads(page.read_text(encoding='utf-8'))
         old = [''.join(c['source']) for c in nb['cells']]
         new = [fill(s, res, on_gpu) for s in old]
         for t in tables:
-            if not any(f'<!-- {t} -->\n' in s and f'<!-- /{t} -->' in s for s in old): sys.exit(f'{page} has no table of {gpu_numbers if t=="gpu" else own if "learners" in t else numbers}: mark its place by `<!-- {t} -->` and `<!-- /{t} -->`')
+            if any(f'<!-- {t} -->\n' in s and f'<!-- /{t} -->' in s for s in old): continue
+            sys.exit(f'{page} has no table of {source(t)}: mark its place by `<!-- {t} -->` and `<!-- /{t} -->`')
         if old==new: continue
-        if check: sys.exit(f'The tables in {page} are not those of {gpu_numbers if tables==["gpu"] else f"{numbers} and {own}"}. `make sync` writes them: look at `git diff` and commit.')
+        sources = ', '.join(dict.fromkeys(str(source(t)) for t in tables))
+        if check: sys.exit(f'The tables in {page} are not those of {sources}. `make sync` writes them: look at `git diff` and commit.')
         for c,s in zip(nb['cells'], new): c['source'] = s.splitlines(True)
         page.write_text(json.dumps(nb, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 

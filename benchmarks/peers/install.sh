@@ -29,4 +29,5 @@ transformers transformers
 ignite pytorch-ignite
 composer mosaicml
 keras keras
+sentence_transformers sentence-transformers
 END
