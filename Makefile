@@ -76,7 +76,7 @@ $(OLDEST)/.done: Makefile
 # What is otherwise there: MSELossFlat knows no float64, and one of two causes that act on each other is named; fastai does not load the optimizer's state that it saved with torch 2.6, and
 # leaves `alpha` and `beta` of RNNRegularizer out; threads are not told of `with torch.device(...)`; an interrupt has not been looked into
 OLDEST_NOT := check.py::test_clean[mse] check.py::test_pairs[together] companions.py::test_resume companions.py::test_language_model[2-1] companions.py::test_RNNRegularizer_and_sum \
-	batchnorm.py::testcompute_state[device] batchnorm.py::test_threads_forget batchnorm.py::test_interrupt_at_any_line_of_a_fit
+	batchnorm.py::test_compute_state[device] batchnorm.py::test_threads_forget batchnorm.py::test_interrupt_at_any_line_of_a_fit
 
 test-oldest: $(OLDEST)/.done
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(OLDEST)/bin/python -W ignore -m pytest -n 2 --dist loadfile $(addprefix tests/test_,parity.py windows.py losses.py microbatch.py batchnorm.py companions.py loop.py noise.py check.py) $(addprefix --deselect=tests/test_,$(OLDEST_NOT))

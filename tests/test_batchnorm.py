@@ -900,7 +900,7 @@ CONTEXTS = {'nothing':nullcontext, 'bf16':lambda: autocast('cpu', dtype=bf16), '
             'autocast off':lambda: autocast('cpu', enabled=False), 'no_grad':torch.no_grad, 'inference_mode':torch.inference_mode, 'device':lambda: torch.device('meta'), 'dtype':default_dtype,
             'anomaly':lambda: torch.autograd.detect_anomaly(check_nan=False), 'context variable':told}
 @pytest.mark.parametrize('o', CONTEXTS)
-def testcompute_state(o):
+def test_compute_state(o):
     "Threads compute as the one that started them, and leave that as it was"
     seen = []
     m = probed(lambda x: seen.append(state()))
