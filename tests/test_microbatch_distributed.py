@@ -22,13 +22,14 @@ class Fails(torch.autograd.Function):
 
 class Limited(nn.Sequential):
     "A net that runs out of memory with more than `most` samples, by the number of the forward pass from which on that is so, on `ranks`"
-    most,where,ranks,training_part,calls = {},'forward',(1,),True,0
-    def __init__(self): super().__init__(*net())
+    most,where,ranks,training_part = {},'forward',(1,),True
+    calls = 0 # of the class, as what a model keeps is undone
+    def __init__(self): super().__init__(*net()); Limited.calls = 0
     def forward(self, x):
         res = super().forward(x)
         if self.training!=self.training_part or rank_distrib() not in self.ranks: return res
-        self.calls += 1
-        most = [m for i,m in {0:10**6, **self.most}.items() if i<=self.calls][-1]
+        Limited.calls += 1
+        most = [m for i,m in {0:10**6, **self.most}.items() if i<=Limited.calls][-1]
         if len(x)<=most: return res
         if self.where=='backward': return Fails.apply(res)
         raise torch.OutOfMemoryError('out of memory, as told')
