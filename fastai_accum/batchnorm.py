@@ -161,23 +161,31 @@ class _NormMode(TorchFunctionMode):
         o.m,o.origin,o.counted,o.tracked = self.m,self.origin,self._count(self.m)!=self.was,self.m.num_batches_tracked
         return self.f(o)
 
+class _Forward:
+    "In place of the `forward` of BatchNorm `m`, for which `f` does what that of `origin` would do; a copy of `m` has its own `forward` again"
+    def __init__(self, m, origin, f): self.m,self.origin,self.f,self.own,self.fwd = m,origin,f,vars(m).get('forward'),m.forward
+    def __call__(self, *args, **kwargs):
+        with _NormMode(self.m, self.origin, self.f) as catch: res = self.fwd(*args, **kwargs)
+        if catch.seen: return res
+        raise RuntimeError(f"{type(self.m).__name__} is a BatchNorm that does not call `F.batch_norm`: what it computes is not known, so it can't have `sync_bn`")
+
+    def __reduce__(self): return (getattr,(self.m,'forward')) if self.own is None else (_itself,(self.own,))
+
+def _itself(o): return o
+
 @contextmanager
 def norms_by(
     models:list, # A module, or that and its replicas
     f # A function of a `NormCall` that returns the normalized input
 ):
     "Let `f` do what the BatchNorms of `models` would do with the statistics of a batch"
-    def forward(fwd, m, origin, *args, **kwargs):
-        with _NormMode(m, origin, f) as catch: res = fwd(*args, **kwargs)
-        if not catch.seen: raise RuntimeError(f"{type(m).__name__} is a BatchNorm that does not call `F.batch_norm`: what it computes is not known, so it can't have `sync_bn`")
-        return res
-    ms = {m:(vars(m).get('forward'),origin) for origin,*others in zip(*map(batch_norms, models)) for m in (origin,*others)}
+    ms = {m:_Forward(m, origin, f) for origin,*others in zip(*map(batch_norms, models)) for m in (origin,*others)}
     def put_back():
-        for m,(own,_) in ms.items():
-            if own is None: vars(m).pop('forward', None)
-            else: m.forward = own
+        for m,forward in ms.items():
+            if forward.own is None: vars(m).pop('forward', None)
+            else: m.forward = forward.own
     try:
-        for m,(own,origin) in ms.items(): m.forward = partial(forward, own or m.forward, m, origin)
+        for m,forward in ms.items(): m.forward = forward
         yield
     finally:
         try: put_back()

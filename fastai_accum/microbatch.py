@@ -487,18 +487,18 @@ def answering(
     xb # A tuple of inputs
 ):
     "Let the next call of `model` return `answer()`"
-    todo,own = [answer],vars(model).get('_compiled_call_impl') # of `model.compile()`
+    name = '_compiled_call_impl' if vars(model).get('_compiled_call_impl') else '_call_impl' # of `model.compile()`
+    was = vars(model).get(name)
+    def undo(): vars(model).pop(name, None) if was is None else vars(model).update({name:was})
     def call(*args, **kwargs):
-        if not todo: return own(*args, **kwargs) if own else type(model)._call_impl(model, *args, **kwargs)
+        undo() # whoever copies the model from now on has a model of its own
         if kwargs or len(args)!=len(xb) or any(a is not x for a,x in zip(args, xb)):
             raise ValueError(f"{type(model).__name__} is called with other inputs than those of the batch, `learn.xb`, for which `sync_bn`=True or `sync_loss`=True has its outputs: "
                              "change them in a callback's `before_batch`, or use `AccumulateStep`")
-        return todo.pop()()
-    name = '_compiled_call_impl' if own else '_call_impl'
-    was = vars(model).get(name)
+        return answer()
     vars(model)[name] = call # a compiled model would set the attribute of what it has compiled
     try: yield
-    finally: vars(model).pop(name) if was is None else vars(model).update({name:was})
+    finally: undo()
 
 @patch
 @contextmanager

@@ -1,5 +1,6 @@
 "`MicroBatch(sync_loss=True)`: a loss that looks at the whole batch is the one of a learner that computes it whole"
-import collections,gc
+import collections,gc,io
+from copy import deepcopy
 import pytest
 from torch.amp import autocast
 from torch.autograd.graph import saved_tensors_hooks
@@ -548,3 +549,25 @@ def test_check():
     assert list(res.advice)==['batchnorm'] and '`MicroBatch(sync_loss=True, sync_bn=True)`, with a loader of whole batches, is exact here' in res.advice['batchnorm'], res
     assert made(one(sync_bn=True), lambda: supcon, lambda: NormedViews(norm=nn.BatchNorm1d)).check_accumulation().ok
 class NormedViews(Views): pass
+
+class Take(Callback):
+    "A copy of the model, and one that was saved, at `event` of the first batch"
+    run_valid,copy,saved = False,None,None
+    def __init__(self, event): self.event = event
+    def __call__(self, event_name):
+        if event_name!=self.event or self.copy is not None: return
+        self.copy,self.saved = deepcopy(self.learn.model),io.BytesIO()
+        torch.save(self.learn.model, self.saved)
+
+@pytest.mark.parametrize('kwargs', (dict(sync_loss=True),dict(sync_bn=True),dict(sync_bn='stats'),dict(sync_loss=True, sync_bn=True)), ids=str)
+@pytest.mark.parametrize('event', ('after_pred','after_loss','before_backward','after_backward'))
+def test_copied(event, kwargs):
+    "A model that a callback copies or saves within a batch computes with its own weights"
+    def net(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    x,y = problem(N)
+    take = Take(event)
+    learn = learner(N, BS, MicroBatch(MICRO, **kwargs), data=(x,y), loss_func=nn.CrossEntropyLoss(), model=net, cbs=take)
+    learn.fit(2, 0.5)
+    saved = torch.load(io.BytesIO(take.saved.getvalue()), weights_only=False)
+    for m in (take.copy,saved,learn.model): assert not {'_call_impl','_compiled_call_impl'} & {k for k,v in vars(m.eval()).items() if v is not None}
+    for m in (take.copy,saved): assert torch.equal(m(x), m.forward(x)) and not torch.equal(m(x), learn.model(x))
