@@ -1,21 +1,21 @@
 """Train at the batch size that your method wants, on the memory that you have, and get *the same run* as if the large batch had fitted.
 `AccumulateStep` makes one optimizer step from the gradients of several small batches.
 `MicroBatch` keeps the dataloader's large batch, and splits it inside the step into pieces small enough to fit.
-Weights, optimizer state, learning rates, recorded losses and `lr_find` are those of the large batch, to the last digits of floating point. That holds where batches are uneven,
-where windows do not divide the epoch, and where targets are ignored or weighted, too. The page on limits lists the exceptions.
+Weights, optimizer state, learning rates, recorded losses and `lr_find` are those of the large batch, to the last digits of floating point.
+That holds where batches are uneven, where windows do not divide the epoch, and where targets are ignored or weighted, too. The page on limits lists the exceptions.
 On newer NVIDIA GPUs PyTorch rounds the inputs of convolutions to TF32 by default: the last digits are then those of TF32, about three."""
 
 __version__ = "0.0.1"
 
-import re as _re
 from importlib.metadata import PackageNotFoundError,version as _version
 
 try: _fastai = _version('fastai')
 except PackageNotFoundError: _fastai = None
 
-def _numbers(v): return [int(o) for o in _re.findall(r'\d+', v)[:3]]
-for _oldest in ('1.0.61','2.7.19'):
-    if _fastai and _numbers(_fastai)[0]==_numbers(_oldest)[0] and _numbers(_fastai)<_numbers(_oldest):
+if _fastai is not None:
+    from packaging.version import Version as _Version # which fastai brings
+    _oldest = '1.0.61' if _fastai.startswith('1.') else '2.7.19'
+    if _Version(_fastai)<_Version(_oldest):
         raise ImportError(f"fastai_accum needs fastai {_oldest} or later, and fastai {_fastai} is installed: `pip install 'fastai>={_oldest}'`")
 
 from .optimizer import AccumulateOptimizer

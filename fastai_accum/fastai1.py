@@ -11,7 +11,7 @@ import math,sys,torch
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastai.basic_train import Learner,LearnerCallback
 from fastai.callback import Callback,CallbackHandler
-from fastcore.basics import noop,patch
+from fastcore.basics import noop,patch,store_attr
 from functools import partial
 from warnings import warn
 from .losses import *
@@ -457,7 +457,7 @@ class AccumulateStep(Host):
     ):
         self.unit = check_accum(n_step, n_samples, normalize, leftover, sync_bn) # before the learner knows of it
         super().__init__(learn)
-        self.n_step,self.n_samples,self.normalize,self.leftover,self.sync_bn = n_step,n_samples,normalize,leftover,sync_bn
+        store_attr(but='learn')
 
 def check_accum(n_step=1, n_samples=None, normalize='auto', leftover='step', sync_bn=False):
     "Which of 'n_step' and 'n_samples' says how large a window is; a `ValueError` if these can't be the arguments of `AccumulateStep`"
@@ -590,7 +590,7 @@ class MicroBatch(Host):
     ):
         check_microbatch(bs, normalize, split, sync_bn, offload)
         super().__init__(learn)
-        self.bs,self.normalize,self.split,self.sync_bn,self.offload = bs,normalize,split,sync_bn,offload
+        store_attr(but='learn')
 
     def clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"

@@ -382,7 +382,7 @@ def denom(self:Window):
     if self.denoms and all(isinstance(c, torch.Tensor) for c in self.denoms): return torch.stack([c.reshape(()) for c in self.denoms]).sum()
     return sum(self.denoms)
 
-def _beside(c, like):
+def _scalar(c, like):
     "`c` as a tensor of type and device of `like`; a number is written there by the device, as it waits for a copy from the host"
     return c.reshape(()).to(like, non_blocking=True) if isinstance(c, torch.Tensor) else like.new_full((), c)
 
@@ -394,7 +394,7 @@ def loss(self:Window):
     losses = torch.stack(self.losses)
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32)) # in which a sum over elements does not overflow
     if self.reduction!='mean': return losses.sum()
-    c = torch.stack([_beside(c, losses) for c in self.denoms])
+    c = torch.stack([_scalar(c, losses) for c in self.denoms])
     return (losses*c).masked_fill(c==0, 0).sum()
 
 @patch
