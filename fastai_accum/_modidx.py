@@ -762,6 +762,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_accum.optimizer.AccumulateOptimizer.zero_grad': ( 'optimizer.html#accumulateoptimizer.zero_grad',
                                                                                                   'fastai_accum/optimizer.py')},
             'fastai_accum.pace': { 'fastai_accum.pace.Learner.micro_find': ('pace.html#learner.micro_find', 'fastai_accum/pace.py'),
+                                   'fastai_accum.pace.MicroBatch.take_fastest': ( 'pace.html#microbatch.take_fastest',
+                                                                                  'fastai_accum/pace.py'),
                                    'fastai_accum.pace.PeakMemory': ('pace.html#peakmemory', 'fastai_accum/pace.py'),
                                    'fastai_accum.pace.PeakMemory.__init__': ('pace.html#peakmemory.__init__', 'fastai_accum/pace.py'),
                                    'fastai_accum.pace.PeakMemory.now': ('pace.html#peakmemory.now', 'fastai_accum/pace.py'),

@@ -76,7 +76,7 @@ class MicroBatch(Host):
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
-        bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
+        bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough; 'fast' begins with the size that `micro_find` finds the fastest
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
@@ -87,7 +87,9 @@ class MicroBatch(Host):
         pool:bool=False, # With several processes, is a step the mean over what counts in all of them? False: the mean of their means, as without the callback
         unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a batch: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
-        if bs!='auto': check_size('bs', bs, ", or 'auto'")
+        self.fast,self.paces = bs=='fast',{} # the fastest size, and what it is of
+        if self.fast: bs = 'auto'
+        if bs!='auto': check_size('bs', bs, ", 'auto' or 'fast'")
         check_normalize(normalize)
         check_choice('sync_bn', sync_bn, (False,True,'stats'))
         check_choice('offload', offload, ('cpu',None))
@@ -114,6 +116,7 @@ class MicroBatch(Host):
 
     @contextmanager
     def in_fit(self, learn):
+        if self.fast: self.take_fastest(learn) # of `fastai_accum.pace`
         outer = self.passes # another fit may begin within a batch
         try:
             with set_aside(self._mods(learn), self._unreduced()) if outer else nullcontext(), super().in_fit(learn): yield

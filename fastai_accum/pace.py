@@ -249,3 +249,18 @@ def micro_find(self:Learner,
     res = SuggestedMicro(fastest, max(safe), {k:1/t for k,t in times.items()}, {k:memory[k] for k in times}, overhead)
     if show_plot: res.plot()
     return res
+
+# %% ../nbs/10a_pace.ipynb #5e0a7c19
+@patch
+def take_fastest(self:MicroBatch, learn):
+    "As a fit begins: go on with the fastest size, measured unless it is known of what is trained now"
+    if self.fitting or not self.auto: return # a fit within another one has its size
+    dl = learn.dls.train
+    key = id(dl),getattr(dl, 'bs', None),*(p.requires_grad for p in learn.model.parameters())
+    if self.paces.get('key')!=key:
+        found = learn.micro_find(show_plot=False)
+        *_,(most,speed) = found.throughput.items()
+        than = '' if found.fastest==most else f', where {most} take {1e3/speed:.3g}'
+        print(f"MicroBatch: {found.fastest} samples at a time, the fastest size: {1e3/found.throughput[found.fastest]:.3g} ms a sample{than}")
+        self.paces.update(key=key, bs=found.fastest)
+    self.bs = self.sizes[True,0] = self.paces['bs']

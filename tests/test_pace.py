@@ -208,4 +208,56 @@ def test_bad(kw, text):
 
 def test_several_processes(monkeypatch):
     monkeypatch.setattr(pace, 'num_distrib', lambda: 2)
-    with pytest.raises(ValueError, match='one of 2 processes.*pass `MicroBatch` the number'): find(slow())
+    for f in (find,lambda l: l.fit(1)):
+        with pytest.raises(ValueError, match='one of 2 processes.*pass `MicroBatch` the number'): f(slow(acc=MicroBatch('fast')))
+
+# ---- `MicroBatch('fast')`
+
+def test_fast(capsys):
+    "The run is that of the fastest size, which is said once"
+    learn = run(slow(70, 16, MicroBatch('fast'), cache=4), lambda l: l.fit(1, 0.05))
+    said = capsys.readouterr().out
+    assert learn.micro_batch.bs==4 and said.count('\n')==1 and said.startswith('MicroBatch: 4 samples at a time, the fastest size: ') and ', where 16 take ' in said
+    assert_same_run(run(slow(70, 16, MicroBatch(4), cache=4), lambda l: l.fit(1, 0.05)), learn, 0)
+
+def test_fast_measures(monkeypatch):
+    "At the beginning of a fit, unless it is known; not in validation, nor in a fit within a fit"
+    calls,was = [],Learner.micro_find
+    monkeypatch.setattr(Learner, 'micro_find', lambda self, **kwargs: calls.append(1) or was(self, secs=0, **kwargs))
+    learn = slow(bs=8, acc=MicroBatch('fast'), fixed=1., each=0.)
+    def n():
+        k = len(calls)
+        calls.clear()
+        return k
+    learn.validate(); learn.get_preds(); assert n()==0
+    learn.fit(1); learn.fit(1); assert n()==1
+    learn.model[0].requires_grad_(False); learn.fit(1); learn.fit(1); assert n()==1
+    other = pickle.loads(pickle.dumps(learn.micro_batch))
+    assert other.fast and other.bs==8
+    learn.model.requires_grad_(True)
+    class Inner(Callback):
+        order,done = 101,False
+        def after_batch(self):
+            if self.done: return
+            self.done = True
+            self.learn.model[2].requires_grad_(False)
+            self.learn.fit(1)
+    learn.fit(1, cbs=Inner()); assert n()==1
+
+def test_fast_halves(capsys):
+    "What does not fit after all is halved"
+    learn = slow(64, 16, MicroBatch('fast'), fixed=1., each=0.)
+    learn.add_cb(Callback(after_epoch=lambda cb: setattr(cb.model[-1], 'fits', 5)))
+    learn.fit(2)
+    assert learn.micro_batch.bs==4 and '16 samples at once do not fit in memory in training, going on with 8' in capsys.readouterr().out
+
+def test_fast_beside():
+    "`lr_find`, `bs_find` and `check_accumulation` with it"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = learner(64, 16, MicroBatch('fast'), dtype=torch.float32)
+        assert learn.check_accumulation().ok
+        assert learn.bs_find(n_it=3, show_plot=False).n_step>=1
+        learn.lr_find(num_it=6, show_plot=False)
+        assert len(learn.recorder.losses)==6 and not hasattr(learn, 'lr_finder')
+    assert learn.micro_batch.bs in (1,2,4,8,16) and learn.micro_batch.fast
