@@ -257,7 +257,46 @@ def test_fast_beside():
         warnings.simplefilter('ignore')
         learn = learner(64, 16, MicroBatch('fast'), dtype=torch.float32)
         assert learn.check_accumulation().ok
-        assert learn.bs_find(n_it=3, show_plot=False).n_step>=1
+        assert learn.bs_find(n_it=3, show_plot=False, pace=False).n_step>=1
         learn.lr_find(num_it=6, show_plot=False)
         assert len(learn.recorder.losses)==6 and not hasattr(learn, 'lr_finder')
     assert learn.micro_batch.bs in (1,2,4,8,16) and learn.micro_batch.fast
+
+# ---- what an effective batch costs
+
+PACE = SuggestedMicro(8, 16, {1:10., 2:20., 4:30., 8:40., 16:39.}, {}, 0.05)
+
+@pytest.mark.parametrize('N', (0.,3.,50.,math.inf))
+def test_time_to_loss(N):
+    "Steps by the noise scale, seconds by the steps' time, in times of those of another batch"
+    t = TimeToLoss(PACE, N, (N/2,2*N), 4, 100)
+    def total(B, N): return (1+min(N, 1e12)/B)*float(PACE.step_time(B))
+    for B in (1,4,9,100):
+        mid,lo,hi = (float(o) for o in t(B))
+        ends = sorted(total(B, n)/total(4, n) for n in (N/2,2*N))
+        assert rel([total(B, N)/total(4, N),*ends], [mid,lo,hi]) <= 1e-9
+    assert t.fastest==min(range(1, 101), key=lambda B: total(B, N)) or rel(total(t.fastest, N), min(total(B, N) for B in range(1, 101))) <= 0.01
+
+@pytest.mark.parametrize('pace,N,ends,than,text', (
+    (PACE, 1e-3, (0,2e-3), 8, 'do not accumulate: steps of [12] samples? come'), (PACE, 8, (6,10), 8, 'do not accumulate'),
+    (PACE._replace(overhead=1.), 500, (400,600), 8, r'steps of \d+ samples, in micro-batches of 8, come to'), (PACE._replace(overhead=1.), 500, (0,600), 8, 'may come to'),
+    (PACE._replace(fastest=16), 500, (400,600), 2, 'computed at once|in micro-batches of 16')))
+def test_advice(pace, N, ends, than, text):
+    import re
+    assert re.search(text, TimeToLoss(pace, N, ends, than, 64).advice(20))
+
+def test_bs_find():
+    "The fastest batch, by times that are measured or given, and what it says where there are none"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        def bs_find(learn, **kwargs): return learn.bs_find(n_it=5, show_plot=False, lr=0, **kwargs)
+        learn = learner(64, 8)
+        a,b,c = (bs_find(learn, pace=p) for p in (False,PACE,True))
+        assert a[:4]==b[:4]==c[:4] and a[4:]==(None,None)
+        time = TimeToLoss(PACE, a.noise_scale, a.interval, 8, 64)
+        assert b[4:]==(time.fastest,time.advice(a.batch_size)) and c.advice.startswith('On one device') and 1<=c.fastest<=64
+        class Stateful(nn.Sequential):
+            def reset(self): pass
+        r = bs_find(learner(64, 8, model=lambda: Stateful(*net()), cbs=ModelResetter()))
+        assert r.fastest is None and 'could not be measured' in r.advice and 'ModelResetter' in r.advice
+    with pytest.raises(ValueError, match="`pace`='x'"): learn.bs_find(pace='x')
