@@ -506,6 +506,7 @@ class Parts(Inside):
         "The batch in parts, in the form that it has"
         xs,ys,host = _listed(xb),_listed(yb),self.host
         parts = even_parts(xs, ys, n, host.bs) if host.split is None else host.split(xs, ys, host.bs)
+        if host.split is not None: host.in_order.see((xs,ys), parts)
         self.ns = [n_samples(*p) for p in parts]
         if sum(self.ns)!=n or max(self.ns)>host.bs: raise ValueError(f"`split` returned parts of {self.ns} samples for a batch of {n} and `bs`={host.bs}: each sample is to be in one of them")
         return [(x if xs is xb else x[0], y if ys is yb else y[0]) for x,y in parts]
@@ -524,6 +525,7 @@ class Parts(Inside):
     def on_train_end(self, **kwargs):
         super().on_train_end()
         if self.threads is not None: self.threads.end()
+        self.host.in_order.look()
 
 @patch
 def join(self:Parts, xs):
@@ -591,6 +593,7 @@ class MicroBatch(Host):
         check_microbatch(bs, normalize, split, sync_bn, offload)
         super().__init__(learn)
         store_attr(but='learn')
+        self.in_order = InOrder(split)
 
     def clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"

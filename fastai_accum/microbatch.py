@@ -100,7 +100,7 @@ class MicroBatch(Host):
         if pool and sync_loss: raise ValueError("`pool`=True and `sync_loss`=True: each process has one loss, in which nothing is weighed. Leave out `pool`; the loss itself can gather the outputs of all processes")
         check_choice('unsharded', unsharded, ('grads','all',None))
         store_attr()
-        self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
+        self.auto,self.sizes,self.moments,self.in_order = bs=='auto',Sizes(),Moments(),InOrder(split)
         self.mixed = WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
         self.valid = self.run_valid = ifnone(valid, self.auto)
@@ -141,7 +141,11 @@ class MicroBatch(Host):
         self.low = () if one else low_precision(self._params(self.learn))
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
-    def after_train(self): self.mixed.look(self.learn.loss_func)
+    def after_train(self):
+        self.mixed.look(self.learn.loss_func)
+        self.in_order.look()
+
+    def after_validate(self): self.in_order.look()
 
 # %% ../nbs/10_microbatch.ipynb #bdeace75
 @patch
@@ -324,7 +328,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     self.win = self._window(learn, yb, n, ns)
-    micro = [x for x,_ in parts],ns
+    micro,cut = ([x for x,_ in parts],ns),parts
     if self.sync_loss: parts,ns,bs = [(xb,self._whole_targets(yb, parts, ns))],[n],n # for all but the model, it is one
     passes = Passes(learn, parts, ns, self.win, self.depth)
     passes.micro = micro
@@ -332,6 +336,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
+    if self.split and (len(passes.sliced.items)>2 or self.preds or self._readers(False)): self.in_order.see((xb,yb), cut) # what else is by samples has their order in the batch
     return passes
 
 @patch
@@ -345,9 +350,9 @@ def _window(self:MicroBatch, learn, yb, n, ns):
     return win
 
 @patch
-def _readers(self:MicroBatch):
-    "Callbacks that may read the outputs of the whole batch"
-    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, self.preds is None)]
+def _readers(self:MicroBatch, unknown=None):
+    "Callbacks that may read the outputs of the whole batch, or are known to"
+    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, ifnone(unknown, self.preds is None))]
 
 @patch
 def _micro(self:MicroBatch, learn, one, passes, i, outs):
