@@ -19,6 +19,7 @@ from .hosts import *
 from .split import *
 from .retry import *
 from .lockstep import *
+from .offload import *
 from .batchnorm import *
 from .wholeloss import *
 from .passes import *
@@ -80,7 +81,7 @@ class MicroBatch(Host):
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
-        offload:str|None='cpu', # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
+        offload:str|None='auto', # Where an accelerator's activations wait for the backward pass: 'cpu' in the host's memory, None on the device; 'auto': in the host's memory with `sync_bn=True`
         valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
         preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
         sync_loss:bool=False, # The loss sees the whole batch, whatever it computes: it is computed once, from the outputs for all samples, and each micro-batch has a second forward pass
@@ -90,7 +91,7 @@ class MicroBatch(Host):
         if bs!='auto': check_size('bs', bs, ", or 'auto'")
         check_normalize(normalize)
         check_choice('sync_bn', sync_bn, (False,True,'stats'))
-        check_choice('offload', offload, ('cpu',None))
+        check_choice('offload', offload, ('auto','cpu',None))
         check_choice('sync_loss', sync_loss, (False,True))
         if sync_loss and normalize!='auto': raise ValueError(f"`normalize`={normalize!r} beside `sync_loss`=True: there is one loss, of the whole batch, and nothing to weigh; leave out `normalize`")
         if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
@@ -325,13 +326,18 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
     if self.reducer: self.reducer.sync(last and not self.wait)
     self.moments.micro()
     try:
-        with answering(learn.model, outs[i], learn.xb) if outs else nullcontext(): one()
+        with self._saved(passes),answering(learn.model, outs[i], learn.xb) if outs else nullcontext(): one()
     finally: passes.unwatch()
     if learn.training and len(learn.yb) and win.asked is None:
         raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
                          "use `AccumulateStep`")
     passes.note(learn, None if learn.training else self.normalize)
     learn.pred = _NotKept # the next micro-batch has the memory
+
+@patch
+def _saved(self:MicroBatch, passes):
+    "A context in which what autograd saves goes to the host's memory, if it is to"
+    return Offload()() if self.offload=='cpu' and passes.learn.training and not passes.jointly else nullcontext()
 
 @patch
 def weigh(self:MicroBatch, learn):
@@ -432,7 +438,8 @@ def _in_lockstep(self:MicroBatch, passes, inner):
     learn = passes.learn
     if autocast_depth()<passes.depth: self._autocast(learn, 'before_batch')
     if self.fitting and self.threads is None: self.threads = Lockstep()
-    with jointly(inner, passes.micro[0], self.offload, self.threads) as forward:
+    passes.jointly = True
+    with jointly(inner, passes.micro[0], self.offload and 'cpu', self.threads) as forward:
         if not self._ddp: forward()
         elif self.sync_loss: self._agreed(partial(self._forward_in_ddp, learn, forward))
         else: self._forward_in_ddp(learn, forward)
@@ -475,7 +482,7 @@ def _two_passes(self:MicroBatch, passes, norms):
     def around(i, again):
         sliced.take(i)
         self.moments.micro()
-        yield
+        with self._saved(passes) if again else nullcontext(): yield
         if not again: left.append([m.hidden for m in states])
     @contextmanager
     def around_all(again):

@@ -45,7 +45,7 @@ class Here:
 
 class Offload:
     "Keep what autograd saves in the host's memory instead of the accelerator's"
-    def __init__(self): self.seen,self.nbytes = {},0
+    def __init__(self): self.forget()
     def pack(self, t):
         if self.stays(t): return Here(t)
         key = StorageWeakRef(t.untyped_storage()).cdata,t._version,t.dtype,t.storage_offset(),t.shape,t.stride()
@@ -62,4 +62,7 @@ class Offload:
 
     def stays(self, t): return shares_host(t.device) or isinstance(t if t._base is None else t._base, nn.Parameter)
     def unpack(self, o): return o.back()
+    def forget(self):
+        "What follows is another forward pass"
+        self.seen,self.nbytes = {},0
     def __call__(self): return saved_tensors_hooks(self.pack, self.unpack)

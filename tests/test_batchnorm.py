@@ -17,6 +17,7 @@ from fastai.vision.all import DynamicUnet,TensorImage,accuracy,unet_learner,visi
 from fastai.vision.gan import GANLearner
 import test_oom as oom
 from test_oom import little_garbage
+from test_offload import Host,hosts
 from fastai_accum import batchnorm,microbatch,offload
 from fastai_accum.batchnorm import joint_batch_norm,jointly
 from fastai_accum.lockstep import Lockstep,LockstepThread,lockstep,meet
@@ -1178,28 +1179,6 @@ def test_auto_one():
     oom.clean(l); clean(l)
 
 # ---- what is kept, and where
-
-class Elsewhere:
-    "A tensor as it would be on an accelerator"
-    device,is_cuda = types.SimpleNamespace(type='cuda'),True
-    def __init__(self, t): self.t = t
-    @property
-    def __class__(self): return type(self.t)
-    def __getattr__(self, k): return getattr(self.t, k)
-class Host(Offload):
-    "Offload what would be offloaded if the CPU were an accelerator, and log what is saved and what is copied"
-    alive,logs = weakref.WeakSet(),[]
-    def __init__(self): super().__init__(); self.log = [],[]; self.alive.add(self); self.logs.append(self.log)
-    def stays(self, t): return super().stays(Elsewhere(t))
-    def pack(self, t):
-        n,res = len(self.seen),super().pack(t)
-        for o in self.log[:1+(len(self.seen)>n)]: o.append(t.detach()) # held, so that no other has its address
-        return res
-@pytest.fixture
-def hosts(monkeypatch):
-    monkeypatch.setattr(batchnorm, 'Offload', Host)
-    Host.logs.clear()
-    return Host
 
 @pytest.mark.parametrize('o', ('residual','MLP','attributes','DynamicUnet'))
 def test_offload(o, hosts):
