@@ -20,6 +20,7 @@ from .processes import several_processes
 from .patching import stand_in
 from .split import *
 from .lockstep import Lockstep
+from .offload import *
 from .batchnorm import *
 from .optimizer import AccumulateOptimizer
 
@@ -488,7 +489,7 @@ def detach_accum(self:Learner):
 # %% ../nbs/12_fastai1.ipynb #83f0d25b
 class Parts(Inside):
     "The window that `MicroBatch` makes of each batch"
-    threads = joint = None
+    threads = joint = away = None
     def batch_begins(self, last_input, last_target, **kwargs):
         "Once all have heard of the batch, split it; its last part goes on in fastai's loop"
         n = n_samples(_listed(last_input), _listed(last_target))
@@ -499,6 +500,7 @@ class Parts(Inside):
         self.join([tuple(_listed(x)) for x,_ in parts])
         for i,(x,y) in enumerate(parts):
             self.sliced.take(i)
+            if self.away: self.away.forget()
             if self.begin_micro(self.ns[i], i+1==len(parts)): return dict(last_input=x, last_target=y)
             self.micro(x, y, whole=False)
 
@@ -529,12 +531,19 @@ class Parts(Inside):
 
 @patch
 def join(self:Parts, xs):
-    "With `sync_bn=True`, the forward passes of all parts, in lock-step, in which BatchNorm sees the whole batch; one backward pass is to follow"
-    model,self.joint = self.learn.model,None
-    if self.host.sync_bn is not True or len(xs)==1 or not batch_norms(model): return
+    "With `sync_bn=True`, make the forward passes of all parts, in lock-step, in which BatchNorm sees the whole batch; one backward pass is to follow"
+    model,self.joint,self.away = self.learn.model,None,None
+    if self.host.sync_bn is True and len(xs)>1 and batch_norms(model): self.join_norms(model, xs)
+    elif self.host.offload=='cpu':
+        self.away = Offload()
+        self.norms.enter_context(self.away())
+
+@patch
+def join_norms(self:Parts, model, xs):
+    "The forward passes in lock-step"
     self.states,self.sliced = [],Sliced() # only classifiers have BatchNorms, and these begin each text anew
     if self.threads is None: self.threads = Lockstep()
-    self.joint = self.norms.enter_context(jointly(model, xs, self.host.offload, self.threads))
+    self.joint = self.norms.enter_context(jointly(model, xs, self.host.offload and 'cpu', self.threads))
     self.joint()
     todo = [*range(len(xs))]
     def call(*args, **kwargs): return self.joint.answer(todo.pop(0)) if todo else type(model)._call_impl(model, *args, **kwargs)
@@ -588,7 +597,7 @@ class MicroBatch(Host):
         normalize='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
-        offload='cpu' # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
+        offload='auto' # Where an accelerator's activations wait for the backward pass: 'cpu' in the host's memory, None on the device; 'auto': in the host's memory with `sync_bn=True`
     ):
         check_microbatch(bs, normalize, split, sync_bn, offload)
         super().__init__(learn)
@@ -606,14 +615,14 @@ class MicroBatch(Host):
             return (f"{type(other).__name__} may carry a state from batch to batch, and how that is to be split is known only of `AWD_LSTM`. Take "
                     "`AccumulateStep` and a loader of micro-batches")
 
-def check_microbatch(bs, normalize='auto', split=None, sync_bn=False, offload='cpu'):
+def check_microbatch(bs, normalize='auto', split=None, sync_bn=False, offload='auto'):
     "A `ValueError` if these can't be the arguments of `MicroBatch`"
     if bs=='auto': raise ValueError("`bs`='auto': only `MicroBatch` of fastai 2 finds a size by itself; pass a number that fits")
     check_size('bs', bs)
     check_normalize(normalize)
     if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
     check_choice('sync_bn', sync_bn, (False,True,'stats'))
-    check_choice('offload', offload, ('cpu',None))
+    check_choice('offload', offload, ('auto','cpu',None))
 
 # %% ../nbs/12_fastai1.ipynb #c7190e4b
 @patch
