@@ -8,6 +8,7 @@ try: from torch.distributed.fsdp import CPUOffloadPolicy,MixedPrecisionPolicy,fu
 except ImportError: pytest.skip('torch without `fully_shard`', allow_module_level=True)
 from fastai_accum.loop import Accumulator
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 BS,N_STEP,MICRO = 4,4,5
 N = 40 # samples of a process in an epoch: two windows and a half
@@ -28,6 +29,10 @@ def two_means(pred, targ): return F.cross_entropy(pred, targ, ignore_index=0)+pr
 def split(xb, yb, bs): return [(tuple(x[i:i+bs] for x in xb),tuple(y[i:i+bs] for y in yb)) for i in range(0, len(xb[0]), bs)]
 def counted(learn): return W[learn.y].sum()
 def norm(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+class Recomputed(nn.Sequential):
+    "Its first layers are gathered once more in the backward pass"
+    def forward(self, x): return self[2](checkpoint(lambda x: self[1](self[0](x)), x, use_reentrant=False))
+def recomputed(): return Recomputed(*net())
 def whole(m, **kw): fully_shard(m, **kw)
 def ddp(m): return nn.parallel.DistributedDataParallel(m)
 def nested(m, **kw):
@@ -188,6 +193,7 @@ SAME = {**{opt:case(opt=opt) for opt in ('sgd','adam','adamw')},
     'one unit':case(shard=whole),
     'n_samples':case(partial(AccumulateStep, n_samples=BS*N_STEP)),
     'clip':case(cbs=clip, opt='adamw'),
+    **{f'checkpointed{u}':case(partial(STEP, **kw), model=recomputed) for u,kw in {'':{}, ', all unsharded':dict(unsharded='all'), ', None unsharded':dict(unsharded=None)}.items()}, 'micro checkpointed':micro(model=recomputed),
     'window of one':case(partial(AccumulateStep, 1), size=BS),
     'divide factor':case(shard=factor),
     'class weights':case(loss=partial(nn.CrossEntropyLoss, W)),
@@ -221,7 +227,7 @@ LOCAL = {'ignored targets':local(partial(MicroBatch, MICRO)), 'ignored targets, 
     'normalize':local(partial(MicroBatch, MICRO, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'own':local(partial(MicroBatch, MICRO), loss=Own), 'unknown':local(partial(MicroBatch, MICRO), loss=Unknown),
     'split':local(partial(MicroBatch, MICRO, split=split)), 'samples':local(partial(MicroBatch, MICRO, normalize='samples', unsharded=None), loss=Unknown),
     'sync_loss':local(partial(MicroBatch, MICRO, sync_loss=True), loss=two_means, ignore=(0,0)), 'sync_loss, None':local(partial(MicroBatch, MICRO, sync_loss=True, unsharded=None), loss=two_means, ignore=(0,0)),
-    'sums':local(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'last backward cancelled':local(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16))}
+    'sums':local(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'tensor parallel':local(partial(MicroBatch, MICRO), shard=tensor_parallel), 'last backward cancelled':local(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16))}
 def late(**kw): return micro(partial(MicroBatch, MICRO, unsharded=None, **kw.pop('acc', {})), **kw)
 REFUSED = {
     'normalize':(late(acc=dict(normalize=counted)),'before it is known what'), 'denominator':(late(loss=Own),'before it is known what'), 'unknown':(late(loss=Unknown),'before it is known what'), 'split':(late(acc=dict(split=split)),'before it is known what'),
