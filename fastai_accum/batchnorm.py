@@ -201,7 +201,14 @@ def _normalize_jointly(o):
         raise RuntimeError("a BatchNorm is called outside of the model's forward pass, for one micro-batch by itself: by gradient checkpointing, which computes a part of "
                                         "the model again, or by a loss or callback that calls the model. Exact BatchNorm (`sync_bn=True`) can't be had of that; pass `sync_bn='stats'`")
     o.grad = torch.is_grad_enabled()
-    return meet(o)
+    return _recomputed(meet(o))
+
+def _recomputed(y):
+    "`y`; its gradient asks for a number that is saved here, so that gradient checkpointing, which recomputes no more than it must, calls this BatchNorm again, and is refused"
+    if y.requires_grad:
+        seen = torch.ones((), device='cpu', requires_grad=True).sin()
+        y.register_hook(lambda g: seen.grad_fn._saved_self and None)
+    return y
 
 def _join(saved, os):
     o,xs = os[0],[p.x for p in os]
@@ -268,16 +275,23 @@ class Moments:
         "A micro-batch begins"
         self.i.clear()
 
+    def forget(self):
+        "Forget the calls of this micro-batch so far"
+        for m,n in self.i.items():
+            for i in range(n): self.calls.pop((m,i), None)
+
     def __call__(self, o):
         rm,rv = o.running
         if rm is None: return F.batch_norm(o.x, None, None, *o.affine, True, 0., o.eps)
         mean,var = torch.zeros_like(rm),torch.zeros_like(rv)
-        y = F.batch_norm(o.x, mean, var, *o.affine, True, 1., o.eps) # a momentum of 1 gives the moments at no cost
-        self.calls.setdefault((o.m,self.i[o.m]), []).append((_n(o.x), mean, var, o.counted, o.running, o.momentum))
-        self.i[o.m] += 1
-        return y
+        try: return F.batch_norm(o.x, mean, var, *o.affine, True, 1., o.eps) # a momentum of 1 gives the moments at no cost
+        finally: # gradient checkpointing ends its second pass by an exception, which may come from here
+            self.calls.setdefault((o.m,self.i[o.m]), []).append((_n(o.x), mean, var, o.counted, o.running, o.momentum))
+            self.i[o.m] += 1
 
-    def flush(self):
+    def flush(self,
+        undone:bool=False # Were buffers put back meanwhile?
+    ):
         "Move the running statistics"
         for (m,_),seen in self.calls.items():
             ns,means,vs,counted,((rm,rv),*_),(momentum,*_) = zip(*seen)
@@ -285,7 +299,7 @@ class Moments:
             mean = sum(o*(k/n) for o,k in zip(means, ns))
             var = sum(v*((k-1)/(n-1)) + (o-mean)**2*(k/(n-1)) for v,o,k in zip(vs, means, ns))
             rm.lerp_(mean, momentum), rv.lerp_(var, momentum)
-            if sum(counted)>1: m.num_batches_tracked.sub_(sum(counted)-1)
+            if (k := sum(counted))>1 or k and undone: m.num_batches_tracked.add_(1 if undone else 1-k)
         self._begin()
 
 # %% ../nbs/07_batchnorm.ipynb #2572d876

@@ -488,12 +488,13 @@ def _two_passes(self:MicroBatch, passes, norms):
         sliced.take(i)
         self.moments.micro()
         with self._saved(passes) if again else nullcontext(): yield
-        if not again: left.append([m.hidden for m in states])
+        if again: self.moments.forget() # what comes after it is recomputed in the backward pass
+        else: left.append([m.hidden for m in states])
     @contextmanager
     def around_all(again):
         if not again: left.clear()
         with norms_by([model], self.moments) if norms else nullcontext(): yield
-        self.moments.drop() if again else self.moments.flush()
+        if not again: self.moments.flush()
         for m,*hs in zip(states, *left): m.hidden,m.bs = nested(lambda *h: torch.cat(h, 1), *hs),sum(ns)
     return TwoPasses(model, xs, ns, around, around_all, self.known)
 
@@ -506,6 +507,7 @@ def _one_loss(self:MicroBatch, passes, all_passes):
         learn._backward()
         passes.win.f32.start() # a backward pass for each micro-batch
         all_passes.backward()
+        self.moments.flush(undone=True)
     passes.later = later
     return partial(self._agreed, all_passes.forward)
 
