@@ -55,9 +55,10 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
                 'before_step','after_step','after_cancel_batch','after_batch')
 
 # %% ../nbs/09_accumulate.ipynb #76265b59
+@with_arguments
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
-    order,methods = -100,AccumulateMethods # the first to hear of a fit
+    order,methods,derived = -100,AccumulateMethods,('unit',) # the first to hear of a fit
     per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
     win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
     at,kept = None,() # this epoch and how many there are; gradients of other windows
@@ -84,10 +85,20 @@ class AccumulateStep(Host):
         learn = self.learn
         for cb in learn.cbs:
             if isinstance(cb, LRFinder): learn.n_epoch = cb.num_it//(self._n_win(self.dls.train) or 1) + 1 # it counts steps
+        self.warn_mixed(learn)
+
+    def check_fit(self):
+        super().check_fit()
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
-        self.warn_mixed(learn)
+
+    def check_change(self, name, v):
+        if self.fitting and (name not in ('n_step','n_samples') or self.part is not None):
+            raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `n_step` and `n_samples` also in `before_epoch` or `after_epoch`, "
+                             "or let them be a function of training progress, such as `SchedLin(1, 8)`")
+
+    def instead(self, name, v): return {} if v is None else dict(n_step=dict(n_samples=None), n_samples=dict(n_step=1)).get(name, {})
 
     @contextmanager
     def in_fit(self, learn):
@@ -170,7 +181,7 @@ def _batch(self:AccumulateStep, learn, f):
         learn('after_cancel_batch')
     else:
         if len(learn.yb) and win.asked is None:
-            raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {self} can't weigh its loss: let it call "
+            raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {type(self).__name__} can't weigh its loss: let it call "
                              "`self._with_events(self._backward, 'backward', CancelBackwardException)`, as fastai does")
     if win.last: self._end(learn)
 
@@ -210,7 +221,7 @@ def _on_wait(self:AccumulateStep, name):
     "A callback wants a step, or gradients zeroed, in an open window"
     if self.part is None or self.part.warned: return
     self.part.warned = True
-    warn(f"`opt.{name}()` was called within a window of {self} and did nothing, as it would lose the gradients of the micro-batches before. To leave out a "
+    warn(f"`opt.{name}()` was called within a window of {type(self).__name__} and did nothing, as it would lose the gradients of the micro-batches before. To leave out a "
          "micro-batch, raise `CancelBackwardException` in `before_backward`; what belongs to a step goes in `before_step` or `after_step`")
 
 @patch
@@ -344,7 +355,7 @@ def _flush(self:AccumulateStep, learn):
 def clash(self:AccumulateStep, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
+    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({type(cb).__name__})` takes those out, `learn.to_accum(...)` puts one in"
     if isa('HookCallback') and cb.every is not None and (self.unit,self.n_step)!=('n_step',1):
         return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
     if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"

@@ -12,9 +12,10 @@ from contextlib import nullcontext
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from functools import cache
+from inspect import signature
 from types import CodeType
 from .losses import mixed_denominators
-from .window import check_no_graphs
+from .window import check_no_graphs,as_call
 
 # %% ../nbs/03_hosts.ipynb #8d1f4054
 def own_class(
@@ -60,13 +61,16 @@ class HostMethods:
 class Host(Callback):
     "A callback that takes the place of some methods of its learner: the learner's class has them for as long as the callback is there"
     methods,per_fit,fitting,win = HostMethods,{},False,None
+    given,derived = {},() # its arguments; attributes that come of them
     __setattr__ = object.__setattr__ # fastai's looks for each name in the learner and its model, which takes time
+    def __repr__(self): return as_call(self, self.given)
+
     @property
     def learn(self): return vars(self).get('_learn')
     @learn.setter
     def learn(self, learn):
         other = first(cb for cb in _cbs(learn) if cb is not self and isinstance(cb, Host) and cb.fitting) if isinstance(learn, Learner) else None
-        if other is not None: raise ValueError(f"{self} beside {other}: {self.clash(other)}") # its own `before_fit` is over
+        if other is not None: raise ValueError(f"{type(self).__name__} beside {type(other).__name__}: {self.clash(other)}") # its own `before_fit` is over
         if isinstance(self.learn, Learner) and self.learn is not learn: self._leave(self.learn)
         vars(self)['_learn'] = learn
         self._join()
@@ -75,7 +79,7 @@ class Host(Callback):
         if isinstance(self.learn, Learner): self.learn.__class__ = hosted_class(own_class(type(self.learn)), type(self))
 
     def _leave(self, learn):
-        if self.busy(): raise ValueError(f"{self} can't be taken out while micro-batches of one step are under way: do it in `after_batch`, or after the fit")
+        if self.busy(): raise ValueError(f"{type(self).__name__} can't be taken out while micro-batches of one step are under way: do it in `after_batch`, or after the fit")
         learn.__class__ = own_class(type(learn))
         self.forget(learn)
         for cb in learn.cbs:
@@ -103,10 +107,33 @@ class Host(Callback):
     def before_fit(self):
         if not hasattr(type(self.learn), '_host'): self._join() # it has got another class meanwhile
         own = [k for o in self.methods.__mro__ for k,f in vars(o).items() if k[:2]!='__' and callable(f) and k in vars(self.learn)]
-        if own: raise ValueError(f"`learn.{own[0]}` is {vars(self.learn)[own[0]]}, whose place {self} has to take: make it a method of a subclass of `Learner`, "
+        if own: raise ValueError(f"`learn.{own[0]}` is {vars(self.learn)[own[0]]}, whose place {type(self).__name__} has to take: make it a method of a subclass of `Learner`, "
                                  f"or `del learn.{own[0]}`")
+        self.check_fit()
+
+    def check_fit(self):
+        "A `ValueError` if the fit would be another one than the large batch's"
         for cb in self.learn.cbs:
-            if cb is not self and (why := self.clash(cb)): raise ValueError(f"{cb} beside {self}: {why}")
+            if cb is not self and (why := self.clash(cb)): raise ValueError(f"{type(cb).__name__} beside {type(self).__name__}: {why}")
+
+    def change(self, cls, name, v):
+        "Let argument `name` of `cls` be `v` from now on: it is checked with the others, as when the callback is made"
+        self.check_change(name, v)
+        new = cls(**{**{k:self.given[k] for k in signature(cls).parameters}, **self.instead(name, v), name:v})
+        was = {k:vars(self)[k] for k in ('given',*new.given,*self.derived)}
+        try:
+            vars(self).update({k:vars(new)[k] for k in was})
+            if self.fitting: self.check_fit()
+        except BaseException:
+            vars(self).update(was)
+            raise
+
+    def check_change(self, name, v):
+        "A `ValueError` if it is too late for argument `name` to become `v`"
+
+    def instead(self, name, v):
+        "Other arguments that change if `name` becomes `v`"
+        return {}
 
     def warn_mixed(self, learn):
         "As a fit begins: warn of a loss that no one number weighs, as far as its options tell"
@@ -141,7 +168,7 @@ class Host(Callback):
     def check_differentiated(self, learn):
         "A `ValueError` if backward passes of the window did not come to the losses that were weighed"
         if self.win.due>0 and self.win.begun>1:
-            raise ValueError(f"{type(learn).__name__} or one of its callbacks makes a backward pass that does not differentiate `learn.loss_grad`, which {self} has weighed: change the loss "
+            raise ValueError(f"{type(learn).__name__} or one of its callbacks makes a backward pass that does not differentiate `learn.loss_grad`, which {type(self).__name__} has weighed: change the loss "
                              "in `after_loss`, and let a gradient that you compute yourself be that of a loss")
 
     def busy(self):

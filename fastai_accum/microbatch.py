@@ -69,11 +69,13 @@ class MicroBatchMethods(HostMethods):
             if event_name=='after_pred': passes.watch_loss(host.normalize)
 
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
+@with_arguments
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
+    derived = 'auto','sizes','run_valid'
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
@@ -103,12 +105,12 @@ class MicroBatch(Host):
         self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
         self.mixed = WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
-        self.valid = self.run_valid = ifnone(valid, self.auto)
+        self.run_valid = vars(self)['valid'] = ifnone(valid, self.auto)
 
     def before_fit(self):
         own = own_class(type(self.learn))._do_grad_opt
         if own is not Learner._do_grad_opt or '_do_grad_opt' in vars(self.learn):
-            raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {self} takes: use `AccumulateStep`")
+            raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {type(self).__name__} takes: use `AccumulateStep`")
         super().before_fit()
         self.warn_mixed(self.learn)
 
@@ -123,6 +125,10 @@ class MicroBatch(Host):
                 self.win.note()
 
     def busy(self): return self.passes is not None
+
+    def check_change(self, name, v):
+        if self.fitting and (name!='bs' or v=='auto' or self.busy()):
+            raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `bs`, if it is a number, also between batches, as in `before_batch`")
 
     def forget(self, learn):
         if self.threads is not None: self.threads.end()
@@ -201,7 +207,7 @@ def _fit_in(self:MicroBatch, learn, one):
         undo() # and give memory back
         half = self.sizes.halve(train, kind, bs)
         if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {half}")
-    if train: self.bs = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
+    if train: vars(self)['bs'] = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
 
 @patch
 def _attempt(self:MicroBatch, learn, one, xb, yb, n, bs):
@@ -363,7 +369,7 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
         with answering(learn.model, outs[i], learn.xb) if outs else nullcontext(): one()
     finally: passes.unwatch()
     if learn.training and len(learn.yb) and win.asked is None:
-        raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
+        raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {type(self).__name__} can't wait with its step: "
                          "use `AccumulateStep`")
     passes.note(learn, None if learn.training else self.normalize)
     learn.pred = _NotKept # the next micro-batch has the memory
@@ -623,7 +629,7 @@ def _check_sharded(self:MicroBatch, kind):
     "A `ValueError` if a model that several processes share can't be computed in micro-batches"
     if (self.reducer is None or self.reducer.each) and not (self.pool or self.sync_loss) and self._wait():
         raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
-                         f"together in {self}: take `fully_shard` and `unsharded`='grads', or `pool`=True; or leave out `normalize` and `split`, and the loss's `denominator`; for a loss of "
+                         f"together in {type(self).__name__}: take `fully_shard` and `unsharded`='grads', or `pool`=True; or leave out `normalize` and `split`, and the loss's `denominator`; for a loss of "
                          "your own that is a mean over samples, pass `normalize`='samples'")
     if self.sync_bn is True and batch_norms(self.model):
         raise ValueError(f"`sync_bn`=True: the model is a {kind}, whose parameters come and go with each forward pass, so several of them can't run side by side. Take `sync_bn='stats'`, "
@@ -657,7 +663,7 @@ def _apart(self:MicroBatch):
 def clash(self:MicroBatch, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_microbatch(...)` puts one in"
+    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({type(cb).__name__})` takes those out, `learn.to_microbatch(...)` puts one in"
     if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction(self.learn)!='mean' and not self.sync_loss:
         return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
     known = 'AWD_LSTM','WeightDropout','SentenceEncoder','SequentialRNN','DistributedDataParallel'
