@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['joint_batch_norm', 'NormCall', 'norms_by', 'batch_norms', 'host_memory', 'Away', 'Offload', 'JointForward', 'jointly',
-           'Moments', 'check_batch_norms']
+           'Moments', 'own_statistics', 'check_batch_norms']
 
 # %% ../nbs/07_batchnorm.ipynb #78913729
 import itertools,math,os,torch
@@ -331,6 +331,15 @@ class Moments:
         self._begin()
 
 # %% ../nbs/07_batchnorm.ipynb #2572d876
+def own_statistics(
+    model, # A module
+    loader:str=', with a loader of whole batches,' # What `MicroBatch` takes, if there is another callback
+):
+    "Why its micro-batches are not normalized as the large batch, None if they are"
+    if ms := batch_norms(model):
+        return (f"{type(ms[0]).__name__} normalizes each micro-batch by its own statistics, so the run is not quite the large batch's. `MicroBatch(sync_bn=True)`{loader} normalizes them together. "
+                "To go on like this without a warning, pass `sync_bn=False`")
+
 def check_batch_norms(
     model # A module
 ):

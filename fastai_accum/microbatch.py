@@ -75,13 +75,13 @@ class MicroBatch(Host):
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
-    derived = 'auto','sizes','run_valid'
+    derived,public = ('auto','sizes','run_valid'),('effective_bs',)
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
-        sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
+        sync_bn:bool|str|None=None, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do; False: each micro-batch is normalized by itself; None: that too, with a warning
         offload:str|None='cpu', # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
         valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
         preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
@@ -91,7 +91,7 @@ class MicroBatch(Host):
     ):
         if bs!='auto': check_size('bs', bs, ", or 'auto'")
         check_normalize(normalize)
-        check_choice('sync_bn', sync_bn, (False,True,'stats'))
+        check_choice('sync_bn', sync_bn, (None,False,True,'stats'))
         check_choice('offload', offload, ('cpu',None))
         check_choice('sync_loss', sync_loss, (False,True))
         if sync_loss and normalize!='auto': raise ValueError(f"`normalize`={normalize!r} beside `sync_loss`=True: there is one loss, of the whole batch, and nothing to weigh; leave out `normalize`")
@@ -139,6 +139,7 @@ class MicroBatch(Host):
 
     def before_train(self):
         check_trainable(self.learn)
+        if not self.auto: self.hint('windows', split_hint(self.bs, loader_bs(self.learn.dl)))
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         self.reducer = reducer_of(self.model, self.unsharded)
@@ -156,9 +157,9 @@ def to_microbatch(self:Learner,
     bs:int|str='auto', # Samples in a micro-batch
     **kwargs
 ):
-    "Compute each batch in micro-batches in every fit from now on, with these arguments of `MicroBatch`"
+    "Compute each batch in micro-batches in every fit from now on, with these arguments of `MicroBatch`; it takes the place of another one, or of an `AccumulateStep`"
     cb = MicroBatch(bs, **kwargs) # before the old one goes, as it may refuse
-    return self.detach_microbatch().add_cb(cb)
+    return self.remove_cb(Host).add_cb(cb)
 
 @patch
 def detach_microbatch(self:Learner):
@@ -168,6 +169,11 @@ def detach_microbatch(self:Learner):
 # %% ../nbs/10_microbatch.ipynb #68db7be8
 @patch
 def _reduction(self:MicroBatch, learn): return 'mean' if not self.sync_loss and loss_reduction(plain_loss(learn), self.normalize)=='mean' else 'none' # sums stay sums, and so does one loss of all
+
+@patch(as_prop=True)
+def effective_bs(self:MicroBatch):
+    "Samples that a step is made from, in all processes together: those of the loader's batches; None if it does not tell"
+    return self.samples_in(1)
 
 @patch
 def _mods(self:MicroBatch, learn): return nn.ModuleList([learn.model, *loss_modules(plain_loss(learn))])
@@ -515,6 +521,7 @@ def _norms(self:MicroBatch, passes):
     inner = model.module if self._ddp else model
     xs,ns = passes.micro
     norms = self.sync_bn if batch_norms(inner) else False
+    if norms is None and len(xs)>1 and learn.training: self.hint('norms', own_statistics(inner, loader=''))
     if self.known is None: self.known = {}
     self.moments.drop()
     if len(xs)==1 and self.sync_loss: yield [partial(self._agreed, partial(model, *learn.xb))]

@@ -61,6 +61,7 @@ def ratio_interval(
     return np.where(w>0, ratio, np.nan),np.where(some, lower, 0),np.where(some, upper, np.inf)
 
 # %% ../nbs/13_noise.ipynb #8d80879a
+@explained
 class NoiseScale(Callback):
     "Track the gradient noise scale, in samples, of a run with `AccumulateStep` or `MicroBatch`"
     order,run_valid = -99,False # just after these
@@ -247,7 +248,7 @@ def bs_find(self:Learner,
     find = _BsFinder(noise, n_it, tol)
     with unchanged(self),self.no_logging():
         acc,aside = _accumulator(self),(NoiseScale,AccumulateStep,MicroBatch,CSVLogger) # the last would start its file anew
-        self.cbs = L(cb for cb in self.cbs if not isinstance(cb, aside))
+        acc.quiet,self.cbs = True,L(cb for cb in self.cbs if not isinstance(cb, aside))
         self.fit(n_it*n_proc//len(self.dls.train) + 1, lr=lr, cbs=[acc,noise,find])
     scale,lower,upper = noise._estimates()[:,-1] if noise.rows else [math.nan]*3
     if math.isnan(scale):
