@@ -541,6 +541,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.losses._list': ('losses.html#_list', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._list_length': ('losses.html#_list_length', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._nll_counts': ('losses.html#_nll_counts', 'fastai_accum/losses.py'),
+                                     'fastai_accum.losses._of_python': ('losses.html#_of_python', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._one_of': ('losses.html#_one_of', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._picks': ('losses.html#_picks', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._reduced': ('losses.html#_reduced', 'fastai_accum/losses.py'),
