@@ -267,7 +267,7 @@ class Passes:
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *_inner),Sliced(),None,[]
         self.watched,self.c = False,None # in validation: is the loss computed with a graph; what it showed
         self.all_counted,self.seen,self.hidden = True,[],[] # losses with what they divide by; hidden states
-        self.versions = [self._version(yb) for _,yb in parts]
+        self.versions,self.bar = [self._version(yb) for _,yb in parts],WindowBar(learn)
 
     @staticmethod
     def _version(yb): return [t._version for t in yb if isinstance(t, Tensor) and not t.is_inference()]
@@ -301,7 +301,9 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
     but = None
     try:
         with self._norms(passes) as outs:
-            for i in range(len(passes.parts)): self._micro(learn, one, passes, i, outs)
+            for i in range(len(passes.parts)):
+                self._micro(learn, one, passes, i, outs)
+                if not self.win.last: passes.bar.show(i+1, len(passes.parts))
             passes.backward_all()
             self.win.note()
         self.check_differentiated(learn)
@@ -313,6 +315,7 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
         self.win.cancel()
         passes.sliced.back(but)
         if self.reducer: self.reducer.sync(True)
+        passes.bar.close()
         self.passes = None
     self._join_all(learn, passes)
 
