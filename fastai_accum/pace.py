@@ -7,7 +7,6 @@ __all__ = ['PeakMemory', 'SuggestedMicro', 'TimeToLoss', 'check_pace', 'time_to_
 
 # %% ../nbs/10a_pace.ipynb #5e0a7c06
 import gc,re,sys
-from inspect import signature
 from statistics import median
 from time import perf_counter
 from fastai.basics import *
@@ -94,8 +93,9 @@ _aside = MicroBatch,AccumulateStep,GradientAccumulation,LRFinder,CSVLogger,Progr
 def _micro_batch(learn):
     "A `MicroBatch` with the arguments of the learner's own, if it has one, and a size to be given"
     own = first(cb for cb in learn.cbs if isinstance(cb, MicroBatch))
-    if own is None: return MicroBatch(1)
-    return type(own)(**{**{k:getattr(own, k) for k in signature(type(own)).parameters}, 'bs':1, 'valid':False})
+    res = MicroBatch(1) if own is None else type(own)(**{**own.given, 'bs':1, 'valid':False})
+    res.quiet = True
+    return res
 
 def _samples(b, n_inp): return n_samples(b[:n_inp], b[n_inp:])
 
@@ -263,7 +263,7 @@ def take_fastest(self:MicroBatch, learn):
         than = '' if found.fastest==most else f', where {most} take {1e3/speed:.3g}'
         print(f"MicroBatch: {found.fastest} samples at a time, the fastest size: {1e3/found.throughput[found.fastest]:.3g} ms a sample{than}")
         self.paces.update(key=key, bs=found.fastest)
-    self.bs = self.sizes[True,0] = self.paces['bs']
+    vars(self)['bs'] = self.sizes[True,0] = self.paces['bs']
 
 # %% ../nbs/10a_pace.ipynb #5e0a7c1d
 class TimeToLoss:
