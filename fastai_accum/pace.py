@@ -319,6 +319,7 @@ class TimeToLoss:
         ax.plot(B, t)
         for size,name,c in ((self.than,'compared with','grey'), (self.fastest,'fastest','C1')): ax.axvline(size, c=c, ls=':', label=f'{name}: {size}')
         ax.set(xscale='log', yscale='log', xlabel='effective batch', ylabel='time to the same loss', ylim=(t.min()/2, t.max()*2))
+        ax.yaxis.set_major_formatter('{x:g}'), ax.yaxis.set_minor_formatter('{x:g}')
         ax.legend()
         return ax
 
