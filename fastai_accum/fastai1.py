@@ -276,9 +276,9 @@ class Host(LearnerCallback):
     def __repr__(self): return as_call(self, self.given)
 
     def change(self, cls, name, v):
-        "A `ValueError`, as another callback is made for each fit"
+        "A `ValueError`, as each fit has a callback of its own"
         way = 'to_accum' if cls is AccumulateStep else 'to_microbatch'
-        raise ValueError(f"`{name}`={v!r} is set on a callback of fastai 1, which are made anew for each fit: call `learn.{way}(...)` with all its arguments")
+        raise ValueError(f"`{name}`={v!r} is set on a callback that has been made: in fastai 1, take another one for the next fit, as by `learn.{way}(...)`")
 
     def on_train_begin(self, pbar, metrics_names, **kwargs):
         if pbar is None or (h := calling_handler()) is None: return # `learn.validate()`
