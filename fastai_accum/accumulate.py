@@ -58,7 +58,7 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
 @with_arguments
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
-    order,methods,derived,public = -100,AccumulateMethods,('unit',),('effective_bs',) # the first to hear of a fit
+    order,methods,public = -100,AccumulateMethods,('effective_bs',) # the first to hear of a fit
     per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
     win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
     units = dict(n_step=1, n_samples=None) # arguments that say how large a window is, and what they are if another one does

@@ -76,7 +76,7 @@ class MicroBatch(Host):
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
-    derived,public = ('auto','sizes','run_valid'),('effective_bs',)
+    public,goes_on = ('effective_bs',),('moments','mixed','in_order','varied')
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
