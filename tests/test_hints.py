@@ -17,7 +17,7 @@ def frozen():
 
 # ---- what they show
 
-SHOWN = {'AccumulateStep':AccumulateStep(), 'AccumulateStep(n_step=4)':AccumulateStep(4), "AccumulateStep(n_samples=32, leftover='drop')":AccumulateStep(n_samples=32, leftover='drop'),
+SHOWN = {'AccumulateStep':AccumulateStep(), 'AccumulateStep(n_step=1)':AccumulateStep(1), 'AccumulateStep(n_step=4)':AccumulateStep(4), "AccumulateStep(n_samples=32, leftover='drop')":AccumulateStep(n_samples=32, leftover='drop'),
     'AccumulateStep(n_step=SchedLin(1, 8))':AccumulateStep(SchedLin(1, 8)), 'AccumulateStep(n_step=4, normalize=len)':AccumulateStep(4, normalize=len), 'MicroBatch':MicroBatch(),
     'MicroBatch(8, sync_bn=True)':MicroBatch(8, sync_bn=True), 'MicroBatch(valid=True)':MicroBatch('auto', valid=True), 'NoiseScale':NoiseScale(), 'NoiseScale(beta=0.9)':NoiseScale(0.9)}
 def test_repr():
@@ -111,7 +111,7 @@ def hints(learn, fit=fit):
         run(learn, fit)
     return [k for w in ws for k in (NOTHING,FEW,NORMS) if k in str(w.message)]
 
-@pytest.mark.parametrize('acc,bs,said', ((AccumulateStep,8,[NOTHING]), (AccumulateStep(n_samples=8),8,[NOTHING]), (AccumulateStep(n_samples=9),8,[]), (AccumulateStep(2),8,[]), (AccumulateStep(32),8,[FEW]), (AccumulateStep(9),8,[FEW]),
+@pytest.mark.parametrize('acc,bs,said', ((AccumulateStep,8,[NOTHING]), (AccumulateStep(leftover='drop'),8,[NOTHING]), (AccumulateStep(1),8,[]), (AccumulateStep(n_samples=8),8,[NOTHING]), (AccumulateStep(n_samples=9),8,[]), (AccumulateStep(2),8,[]), (AccumulateStep(32),8,[FEW]), (AccumulateStep(9),8,[FEW]),
     (AccumulateStep(8),8,[]), (AccumulateStep(n_samples=65),8,[FEW]), (AccumulateStep(n_samples=64),8,[]), (AccumulateStep(32, leftover='carry'),8,[]), (AccumulateStep(SchedLin(1, 32)),8,[]), (MicroBatch(32),8,[NOTHING]), (MicroBatch(8),8,[NOTHING]), (MicroBatch(8),9,[]), (MicroBatch,8,[])), ids=str)
 def test_windows_that_were_hardly_meant(acc, bs, said):
     learn = learner(64, bs, acc)
@@ -119,7 +119,7 @@ def test_windows_that_were_hardly_meant(acc, bs, said):
     assert hints(learn)==said # of another fit
 
 def test_cures():
-    for acc,cure in ((AccumulateStep(32),r'`GradientAccumulation\(32\)` counts samples, which is `n_samples`=32'), (AccumulateStep(1),r'`AccumulateStep\(4\)`'), (MicroBatch(32),'take `AccumulateStep`')):
+    for acc,cure in ((AccumulateStep(32),r'`GradientAccumulation\(32\)` counts samples, which is `n_samples`=32'), (AccumulateStep(),r'`AccumulateStep\(4\)`'), (MicroBatch(32),'take `AccumulateStep`')):
         with pytest.warns(UserWarning, match=cure): run(learner(64, 8, acc), fit)
     habit,cured = learner(64, 8, GradientAccumulation(32)),learner(64, 8, AccumulateStep(n_samples=32))
     for l in (habit,cured): run(l, fit)
@@ -147,10 +147,10 @@ def test_no_batch_norm_and_none_is_false():
 
 def test_silence():
     "Where micro-batches are computed for another purpose"
-    for acc in (AccumulateStep(1),MicroBatch(4)):
+    for acc in (AccumulateStep(),MicroBatch(4)):
         learn = learner(64, 8, acc, model=normed, dtype=torch.float32)
         assert hints(learn, lambda l: l.bs_find(n_it=4, show_plot=False))==hints(learn, lambda l: l.check_accumulation())==hints(learn, lambda l: l.validate())==[] and not acc.quiet
-        assert hints(learn)==[NOTHING if acc is learn.accumulate_step else NORMS] if hasattr(learn, 'accumulate_step') else hints(learn)==[NORMS]
+        assert hints(learn)==[NOTHING if isinstance(acc, AccumulateStep) else NORMS]
 
 def test_a_fit_within_a_fit_has_its_own():
     class Inner(Callback):
@@ -159,7 +159,7 @@ def test_a_fit_within_a_fit_has_its_own():
             self.n += 1
             self.learn.validate()
             if self.n==1: self.learn.fit(1)
-    assert hints(learner(64, 8, AccumulateStep(1), cbs=Inner()))==[NOTHING]*2
+    assert hints(learner(64, 8, AccumulateStep(), cbs=Inner()))==[NOTHING]*2
 
 # ---- one takes the place of the other
 
