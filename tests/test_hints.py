@@ -225,6 +225,17 @@ def test_between_epochs(k, sizes):
     assert_same_run(large, small, 1e-12, batches=False)
     assert [round(b['pct'], 6) for b in small.trace.batches]==[0.25, 0.5, 0.625, 0.75, 0.875, 1.]
 
+def test_a_window_that_is_carried_over_goes_on():
+    "A size that is set between epochs is that of the next window, and nothing of the open one is lost"
+    kwargs = dict(leftover='carry', sync_bn='stats')
+    plain,same = (learner(72, 8, AccumulateStep(4, **kwargs), model=normed, cbs=cbs) for cbs in (None,Sets('before_epoch', 'n_step', 4, 4)))
+    for l in (plain,same): run(l, fit)
+    assert_same_run(plain, same, 0.)
+    assert rel(flat(plain.model.buffers()), flat(same.model.buffers()))==0
+    other = learner(72, 8, AccumulateStep(4, **kwargs), model=normed, cbs=[Sets('before_epoch', 'n_step', 4, 2),Seen()])
+    run(other, fit)
+    assert other.seen.ns==[32,32, 8+24, 16,16,16]
+
 @pytest.mark.parametrize('cb,event,k,v', ((AccumulateStep(4),'after_backward','n_step',2), (AccumulateStep(4),'after_batch','n_samples',16), (AccumulateStep(4),'before_epoch','leftover','drop'), (AccumulateStep(4),'before_batch','sync_bn','stats'),
     (MicroBatch(4),'after_backward','bs',2), (MicroBatch(4),'before_batch','sync_bn',True), (MicroBatch(4),'before_batch','bs','auto')), ids=str)
 def test_too_late(cb, event, k, v):
