@@ -328,7 +328,7 @@ class Windows(Inside):
             raise ValueError(f"`leftover`='drop' and `{self.host.unit}`={self.size(0)}: the {n} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.host.unit}` or `leftover='step'`")
         size = self.host.given[self.host.unit]
-        if not callable(size) and (why := window_hint(self.host.unit, size, dl.batch_size, n, self.host.leftover)): self.tell_once(why)
+        if not callable(size) and (why := window_hint(self.host.unit, size, getattr(dl, 'batch_size', None), n, self.host.leftover)): self.tell_once(why)
         for cb in self.h.callbacks:
             if _isa(cb, 'LRFinder') and self.n_epochs==math.ceil(cb.sched.n_iter/n): self._more_epochs(math.ceil(cb.sched.n_iter/n_win))
             if _isa(cb, 'GeneralScheduler'): self._rescale_phases(cb, n, n_win)
@@ -509,7 +509,7 @@ class Parts(Inside):
     "The window that `MicroBatch` makes of each batch"
     threads,joint,away,loader = None,None,None,''
     def begin(self, later, **kwargs):
-        if why := split_hint(self.host.bs, self.learn.data.train_dl.batch_size): self.tell_once(why)
+        if why := split_hint(self.host.bs, getattr(self.learn.data.train_dl, 'batch_size', None)): self.tell_once(why)
         super().begin(later, **kwargs)
 
     def batch_begins(self, last_input, last_target, **kwargs):

@@ -153,7 +153,7 @@ class Host(Callback, metaclass=HostType):
 
     def hint(self, kind, why):
         "Warn of what was hardly meant, once in a fit for each `kind`"
-        if not why or self.quiet or kind in self.told: return
+        if not why or self.quiet or not self.fitting or kind in self.told: return
         self.told.add(kind)
         warn(why)
 

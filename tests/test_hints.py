@@ -152,6 +152,16 @@ def test_silence():
         assert hints(learn, lambda l: l.bs_find(n_it=4, show_plot=False))==hints(learn, lambda l: l.check_accumulation())==hints(learn, lambda l: l.validate())==[] and not acc.quiet
         assert hints(learn)==[NOTHING if isinstance(acc, AccumulateStep) else NORMS]
 
+def test_training_without_a_fit():
+    "Nothing is said, and nothing fails"
+    learn = learner(64, 32, MicroBatch(8), model=normed).remove_cb(Trace)
+    learn.create_opt()
+    learn.epoch,learn.n_epoch,learn.train_iter,learn.pct_train,learn.training,learn.dl = 0,1,0,0.,True,learn.dls.train
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.all_batches()
+    assert learn.train_iter==2
+
 def test_a_fit_within_a_fit_has_its_own():
     class Inner(Callback):
         n = 0
