@@ -68,7 +68,8 @@ class HostType(type):
 class Host(Callback, metaclass=HostType):
     "A callback that takes the place of some methods of its learner: the learner's class has them for as long as the callback is there"
     methods,per_fit,fitting,win = HostMethods,{},False,None
-    given,derived,public = {},(),() # its arguments; attributes that come of them; what it shows beside them
+    given,public = {},() # its arguments; what it shows beside them
+    goes_on = 'moments','mixed' # what stays if an argument is set in a fit
     told,quiet,reducer = (),False,None # the kinds of hints that it has given in a fit; is it to give none; how gradients of several processes come together
     __setattr__ = object.__setattr__ # fastai's looks for each name in the learner and its model, which takes time
     def __repr__(self): return as_call(self, self.given)
@@ -129,7 +130,7 @@ class Host(Callback, metaclass=HostType):
         "Let argument `name` of `cls` be `v` from now on: it is checked with the others, as when the callback is made"
         self.check_change(name, v)
         new = cls(**{**{k:self.given[k] for k in signature(cls).parameters}, **self.instead(name, v), name:v})
-        was = {k:vars(self)[k] for k in ('given',*new.given,*self.derived)}
+        was = {k:v for k,v in vars(self).items() if k in vars(new) and not (self.fitting and k in self.goes_on)}
         try:
             vars(self).update({k:vars(new)[k] for k in was})
             if self.fitting: self.check_fit()
@@ -152,7 +153,7 @@ class Host(Callback, metaclass=HostType):
 
     def hint(self, kind, why):
         "Warn of what was hardly meant, once in a fit for each `kind`"
-        if not why or self.quiet or kind in self.told: return
+        if not why or self.quiet or not self.fitting or kind in self.told: return
         self.told.add(kind)
         warn(why)
 
