@@ -211,7 +211,7 @@ class _Trial:
         if 'normalize' in off: normalize = self._found_normalize()
         if normalize:
             if not hasattr(cb, 'normalize'): cb = AccumulateStep(len(self.batch_sizes))
-            cb.normalize = normalize
+            vars(cb)['normalize'] = normalize
         if 'normalize' in off or 'loss' in off: surrogate = partial(self._surrogate, off)
         return self.step(ifnone(batches, _cut(self.whole, self.batch_sizes)), off, cb, surrogate)
 
@@ -478,7 +478,7 @@ def _check(learn, cb, whole, batch_sizes, device, dtype, *notes):
         alone,advice,more = _explain(trial, small, tol)
         notes += more
     elif max(buffers.values(), default=0.)>tol: notes.append("only buffers differ: something moves them in each micro-batch")
-    return AccumulationCheck(str(cb), trial.model_sizes, dtype, tol, diff, layers, buffers, loss, alone, advice, notes)
+    return AccumulationCheck(type(cb).__name__, trial.model_sizes, dtype, tol, diff, layers, buffers, loss, alone, advice, notes)
 
 # %% ../nbs/14_check.ipynb #e6b31f08
 def _accumulator(learn, cb, n_step):
@@ -489,8 +489,7 @@ def _accumulator(learn, cb, n_step):
 def _fix_size(cb, n, n_step):
     "Let a `MicroBatch('auto')` go on with the size that it has found, or else make `n_step` parts of `n` samples"
     if not (isinstance(cb, MicroBatch) and cb.auto): return
-    cb.auto = False
-    if cb.bs=='auto': cb.bs = math.ceil(n/n_step)
+    cb.bs = math.ceil(n/n_step) if cb.bs=='auto' else cb.bs
 
 def _usable(learn, device):
     "Where to compute; a `ValueError` if that can't be done there"

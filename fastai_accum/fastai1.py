@@ -20,6 +20,7 @@ from .processes import several_processes
 from .patching import stand_in
 from .split import *
 from .lockstep import Lockstep
+from .offload import *
 from .batchnorm import *
 from .optimizer import AccumulateOptimizer
 
@@ -60,7 +61,7 @@ _once = dict(batch_begin=('Recorder','GANDiscriminativeLR'), backward_begin=('Re
 
 class Inside(Callback):
     "What goes on inside a window, in one fit: losses of micro-batches are weighed, and for the other callbacks the window is one batch"
-    _order = -100 # the first to hear of each event
+    _order,looked,loader = -100,False,', with a loader of whole batches,' # the first to hear of each event; has it looked at BatchNorms; what `MicroBatch` takes, if that is another one
     def __init__(self,
         host, # The callback that says how
         h:CallbackHandler # The handler of the fit
@@ -123,6 +124,7 @@ def telling(self:Inside, event):
 def micro(self:Inside, xb, yb, whole=True):
     "Forward and backward pass of a micro-batch that is not its window's last; `whole` if the dataloader made it"
     h,learn,state = self.h,self.learn,self.h.state_dict
+    self.look_at_norms()
     if whole:
         with self.telling('batch_begin'): xb,yb = h.on_batch_begin(xb, yb)
     else: state.update(last_input=xb, last_target=yb)
@@ -135,6 +137,13 @@ def micro(self:Inside, xb, yb, whole=True):
     if not state['skip_bwd']: self.backward(state['last_loss'])
     self.count(state['skip_bwd'])
     state.update(flags, last_loss=state['last_loss'].detach())
+
+@patch
+def look_at_norms(self:Inside):
+    "A window has several micro-batches: warn, once in a fit, if BatchNorms see each by itself"
+    if self.looked or self.host.sync_bn is not None: return
+    self.looked = True
+    if why := own_statistics(self.learn.model, self.loader): self.tell_once(why)
 
 @patch
 def begin_micro(self:Inside, n, last):
@@ -264,7 +273,14 @@ def drop(self:Inside):
 # %% ../nbs/12_fastai1.ipynb #b8e12a23
 class Host(LearnerCallback):
     "A callback that makes windows of micro-batches in each fit, by an `Inside` of its own"
-    _order,inside,sync_bn = -100,Inside,False
+    _order,inside,sync_bn,given = -100,Inside,None,{}
+    def __repr__(self): return as_call(self, self.given)
+
+    def change(self, cls, name, v):
+        "A `ValueError`, as another callback is made for each fit"
+        way = 'to_accum' if cls is AccumulateStep else 'to_microbatch'
+        raise ValueError(f"`{name}`={v!r} is set on a callback of fastai 1, which are made anew for each fit: call `learn.{way}(...)` with all its arguments")
+
     def on_train_begin(self, pbar, metrics_names, **kwargs):
         if pbar is None or (h := calling_handler()) is None: return # `learn.validate()`
         self.check(h)
@@ -311,6 +327,8 @@ class Windows(Inside):
         if n_win==0:
             raise ValueError(f"`leftover`='drop' and `{self.host.unit}`={self.size(0)}: the {n} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.host.unit}` or `leftover='step'`")
+        size = getattr(self.host, self.host.unit)
+        if not callable(size) and (why := window_hint(self.host.unit, size, dl.batch_size, n, self.host.leftover)): self.tell_once(why)
         for cb in self.h.callbacks:
             if _isa(cb, 'LRFinder') and self.n_epochs==math.ceil(cb.sched.n_iter/n): self._more_epochs(math.ceil(cb.sched.n_iter/n_win))
             if _isa(cb, 'GeneralScheduler'): self._rescale_phases(cb, n, n_win)
@@ -382,7 +400,7 @@ def _scaled(done, total, n, n_win):
 class WindowLoader:
     "What `fit` goes through in place of a dataloader: the last micro-batch of each window; those before it are differentiated on the way"
     def __init__(self, windows, dl): self.windows,self.dl = windows,dl
-    def __len__(self): return len(self.dl) # so many at most
+    def __len__(self): return self.windows.n_win(self.dl, len(self.dl)) # so many are expected
     def __getattr__(self, k): return getattr(self.dl, k)
     def __iter__(self):
         self.windows.learn.data.train_dl = self.dl # for all others it is what it was
@@ -398,7 +416,6 @@ def epoch_begins(self:Windows):
 def batches(self:Windows, dl):
     "The last micro-batch of each window"
     it,i,n_dl,k = iter(dl),0,len(dl),0
-    self.show(self.n_win(dl, n_dl))
     b = next(it, None)
     while b is not None:
         n = n_samples(*map(_listed, b[::-1]))
@@ -409,16 +426,16 @@ def batches(self:Windows, dl):
         self.begin_micro(unit, nxt is None and self.steps_leftover)
         if not self.win.last: self.micro(*b)
         else:
-            self.show(k := k+1, grow=True)
+            self.show(k := k+1)
             yield b
         b,i = next(it, None) if full else nxt,i+1
     if self.host.leftover=='drop': self.drop()
 
 @patch
-def show(self:Windows, n, grow=False):
-    "Let the progress bar, which stops at its total, have one of `n` windows, or at least so many"
+def show(self:Windows, n):
+    "Let the progress bar, which stops at its total, go on to at least `n` windows"
     bar = getattr(self.h.state_dict['pbar'], 'child', None)
-    if bar is not None and getattr(bar, 'total', None) is not None: bar.total = max(bar.total, n) if grow else n
+    if bar is not None and getattr(bar, 'total', None) is not None: bar.total = max(bar.total, n)
 
 @patch
 def open_at(self:Windows, i, n_dl, unit, dl):
@@ -444,6 +461,7 @@ def on_train_end(self:Windows, **kwargs):
     Inside.on_train_end(self)
 
 # %% ../nbs/12_fastai1.ipynb #d40b7f16
+@with_arguments
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     inside = Windows
@@ -453,17 +471,17 @@ class AccumulateStep(Host):
         n_samples=None, # Samples that make a step (at least), instead of `n_step`
         normalize='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
-        sync_bn=False # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
+        sync_bn=None # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it; False: each micro-batch is normalized by itself; None: that too, with a warning
     ):
         self.unit = check_accum(n_step, n_samples, normalize, leftover, sync_bn) # before the learner knows of it
         super().__init__(learn)
         store_attr(but='learn')
 
-def check_accum(n_step=1, n_samples=None, normalize='auto', leftover='step', sync_bn=False):
+def check_accum(n_step=1, n_samples=None, normalize='auto', leftover='step', sync_bn=None):
     "Which of 'n_step' and 'n_samples' says how large a window is; a `ValueError` if these can't be the arguments of `AccumulateStep`"
     if sync_bn is True:
         raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
-    check_choice('sync_bn', sync_bn, (False,'stats'))
+    check_choice('sync_bn', sync_bn, (None,False,'stats'))
     return check_args(n_step, n_samples, normalize, leftover)
 
 # %% ../nbs/12_fastai1.ipynb #ba99287c
@@ -477,7 +495,7 @@ def _without(learn, cls):
 def to_accum(self:Learner, n_step=1, **kwargs):
     "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`"
     check_accum(n_step, **kwargs)
-    self.detach_accum().callback_fns.append(partial(AccumulateStep, n_step=n_step, **kwargs))
+    _without(self, Host).callback_fns.append(partial(AccumulateStep, n_step=n_step, **kwargs))
     return self
 
 @patch
@@ -488,7 +506,11 @@ def detach_accum(self:Learner):
 # %% ../nbs/12_fastai1.ipynb #83f0d25b
 class Parts(Inside):
     "The window that `MicroBatch` makes of each batch"
-    threads = joint = None
+    threads,joint,away,loader = None,None,None,''
+    def begin(self, later, **kwargs):
+        if why := split_hint(self.host.bs, self.learn.data.train_dl.batch_size): self.tell_once(why)
+        super().begin(later, **kwargs)
+
     def batch_begins(self, last_input, last_target, **kwargs):
         "Once all have heard of the batch, split it; its last part goes on in fastai's loop"
         n = n_samples(_listed(last_input), _listed(last_target))
@@ -499,6 +521,7 @@ class Parts(Inside):
         self.join([tuple(_listed(x)) for x,_ in parts])
         for i,(x,y) in enumerate(parts):
             self.sliced.take(i)
+            if self.away: self.away.forget()
             if self.begin_micro(self.ns[i], i+1==len(parts)): return dict(last_input=x, last_target=y)
             self.micro(x, y, whole=False)
 
@@ -506,6 +529,7 @@ class Parts(Inside):
         "The batch in parts, in the form that it has"
         xs,ys,host = _listed(xb),_listed(yb),self.host
         parts = even_parts(xs, ys, n, host.bs) if host.split is None else host.split(xs, ys, host.bs)
+        if host.split is not None: host.in_order.see((xs,ys), parts)
         self.ns = [n_samples(*p) for p in parts]
         if sum(self.ns)!=n or max(self.ns)>host.bs: raise ValueError(f"`split` returned parts of {self.ns} samples for a batch of {n} and `bs`={host.bs}: each sample is to be in one of them")
         return [(x if xs is xb else x[0], y if ys is yb else y[0]) for x,y in parts]
@@ -524,15 +548,23 @@ class Parts(Inside):
     def on_train_end(self, **kwargs):
         super().on_train_end()
         if self.threads is not None: self.threads.end()
+        self.host.in_order.look()
 
 @patch
 def join(self:Parts, xs):
-    "With `sync_bn=True`, the forward passes of all parts, in lock-step, in which BatchNorm sees the whole batch; one backward pass is to follow"
-    model,self.joint = self.learn.model,None
-    if self.host.sync_bn is not True or len(xs)==1 or not batch_norms(model): return
+    "With `sync_bn=True`, make the forward passes of all parts, in lock-step, in which BatchNorm sees the whole batch; one backward pass is to follow"
+    model,self.joint,self.away = self.learn.model,None,None
+    if self.host.sync_bn is True and len(xs)>1 and batch_norms(model): self.join_norms(model, xs)
+    elif self.host.offload=='cpu':
+        self.away = Offload()
+        self.norms.enter_context(self.away())
+
+@patch
+def join_norms(self:Parts, model, xs):
+    "The forward passes in lock-step"
     self.states,self.sliced = [],Sliced() # only classifiers have BatchNorms, and these begin each text anew
     if self.threads is None: self.threads = Lockstep()
-    self.joint = self.norms.enter_context(jointly(model, xs, self.host.offload, self.threads))
+    self.joint = self.norms.enter_context(jointly(model, xs, self.host.offload and 'cpu', self.threads))
     self.joint()
     todo = [*range(len(xs))]
     def call(*args, **kwargs): return self.joint.answer(todo.pop(0)) if todo else type(model)._call_impl(model, *args, **kwargs)
@@ -577,6 +609,7 @@ def drop(self:Parts):
     Inside.drop(self)
 
 # %% ../nbs/12_fastai1.ipynb #2f8a6d90
+@with_arguments
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
     inside = Parts
@@ -585,12 +618,13 @@ class MicroBatch(Host):
         bs:int, # Samples in a micro-batch
         normalize='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
-        sync_bn=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
-        offload='cpu' # With `sync_bn=True` on an accelerator, where activations are kept: 'cpu' is the host's memory, None the device's
+        sync_bn=None, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do; False: each micro-batch is normalized by itself; None: that too, with a warning
+        offload='auto' # Where an accelerator's activations wait for the backward pass: 'cpu' in the host's memory, None on the device; 'auto': in the host's memory with `sync_bn=True`
     ):
         check_microbatch(bs, normalize, split, sync_bn, offload)
         super().__init__(learn)
         store_attr(but='learn')
+        self.in_order = InOrder(split)
 
     def clash(self, cb):
         "Why `cb` can't work beside this callback, None if it can"
@@ -603,21 +637,21 @@ class MicroBatch(Host):
             return (f"{type(other).__name__} may carry a state from batch to batch, and how that is to be split is known only of `AWD_LSTM`. Take "
                     "`AccumulateStep` and a loader of micro-batches")
 
-def check_microbatch(bs, normalize='auto', split=None, sync_bn=False, offload='cpu'):
+def check_microbatch(bs, normalize='auto', split=None, sync_bn=None, offload='auto'):
     "A `ValueError` if these can't be the arguments of `MicroBatch`"
     if bs=='auto': raise ValueError("`bs`='auto': only `MicroBatch` of fastai 2 finds a size by itself; pass a number that fits")
     check_size('bs', bs)
     check_normalize(normalize)
     if not (split is None or callable(split)): raise ValueError(f"`split`={split!r}: pass a function `(xb, yb, bs)` that returns a list of `(xb, yb)`")
-    check_choice('sync_bn', sync_bn, (False,True,'stats'))
-    check_choice('offload', offload, ('cpu',None))
+    check_choice('sync_bn', sync_bn, (None,False,True,'stats'))
+    check_choice('offload', offload, ('auto','cpu',None))
 
 # %% ../nbs/12_fastai1.ipynb #c7190e4b
 @patch
 def to_microbatch(self:Learner, bs, **kwargs):
     "Compute each batch in micro-batches in every fit from now on, with these arguments of `MicroBatch`"
     check_microbatch(bs, **kwargs)
-    self.detach_microbatch().callback_fns.append(partial(MicroBatch, bs=bs, **kwargs))
+    _without(self, Host).callback_fns.append(partial(MicroBatch, bs=bs, **kwargs))
     return self
 
 @patch
