@@ -20,7 +20,7 @@ if _fastai is not None:
 
 from .optimizer import AccumulateOptimizer
 __all__ = ['AccumulateOptimizer','AccumulateStep','MicroBatch']
-if _fastai is None or not _fastai.startswith('1.'): __all__ += ['NoiseScale','AccumulationCheck','counts_elements']
+if _fastai is None or not _fastai.startswith('1.'): __all__ += ['NoiseScale','SkipNaN','AccumulationCheck','counts_elements']
 
 if _fastai is None: # for a loop of one's own, torch and fastcore are enough
     def __getattr__(name):
@@ -32,4 +32,5 @@ else:
     from .accumulate import AccumulateStep,counts_elements
     from .microbatch import MicroBatch
     from .noise import NoiseScale
+    from .skipnan import SkipNaN
     from .check import AccumulationCheck

@@ -170,7 +170,7 @@ class TrainPart:
         self.n_dl,self.n_win,self.i_win = len(learn.dl),n_win,0 # micro-batches; windows, None if unknown; windows so far
         self.at,self.early = at,False # the epoch, and how many there are; was the window closed because the loader's end was expected
         self.bs,self.n_drop = None,self.n_dl # samples of the first micro-batch; the first micro-batch that is dropped
-        self.reducer = reducer # how gradients of several processes come together
+        self.reducer,self.bar = reducer,WindowBar(learn) # how gradients of several processes come together; what shows that a window goes on
         self.listeners = Listeners(learn, *micro_events)
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
         self.ends = ends(learn.model.parameters())
@@ -202,11 +202,13 @@ def _batch(self:AccumulateStep, learn, f):
             raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {type(self).__name__} can't weigh its loss: let it call "
                              "`self._with_events(self._backward, 'backward', CancelBackwardException)`, as fastai does")
     if win.last: self._end(learn)
+    else: self.part.bar.show(win.begun, max(win.begun+1, round(win.expect*win.begun/win.seen)))
 
 @patch
 def _end(self:AccumulateStep, learn):
     "The end of a window is the end of a batch"
     self.win = None
+    self.part.bar.close()
     self.part.i_win += 1
     learn('after_batch')
 
@@ -255,6 +257,7 @@ def _open(self:AccumulateStep, learn, i, bs):
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
     self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low, reducer=self.part.reducer)
     self.win.watch(self.part.ends)
+    self.part.bar.open()
 
 @patch
 def weigh(self:AccumulateStep, learn):

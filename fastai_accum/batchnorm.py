@@ -271,6 +271,15 @@ class Moments:
             if n := sum(o[3] for o in seen): m.num_batches_tracked.sub_(n)
         self._begin()
 
+    def leave_out(self):
+        "Forget the current micro-batch"
+        for m,k in self.i.items():
+            for i in range(k):
+                seen = self.calls[m,i]
+                if n := int(seen.pop()[3]): m.num_batches_tracked.sub_(n)
+                if not seen: del self.calls[m,i]
+        self.i.clear()
+
     def _begin(self): self.calls,self.i = {},Counter()
     def micro(self):
         "A micro-batch begins"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['own_class', 'hosted_class', 'host_of', 'HostMethods', 'HostType', 'Host', 'loader_bs', 'missing', 'check_trainable',
-           'plain_loss', 'Listeners', 'reads_pred']
+           'plain_loss', 'Listeners', 'reads_pred', 'WindowBar']
 
 # %% ../nbs/03_hosts.ipynb #5fa91dfa
-import copyreg
+import copyreg,time
 from contextlib import nullcontext
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
@@ -279,3 +279,33 @@ def reads_pred(
     if isinstance(cb, Recorder) and learn.metrics and (cb.train_metrics if learn.training else cb.valid_metrics): return True
     named,other = map(any, zip(_class_reads(type(cb)), _reads({k:vars(cb)[k] for k in vars(cb).keys() & {*Callback._methods} - {*_passes}})))
     return named or unknown and other and (cb.run_train if learn.training else cb.run_valid)
+
+# %% ../nbs/03_hosts.ipynb #f5b3e49a
+class WindowBar:
+    "Says in the comment of the progress bar of `learn` how many micro-batches of a window are done"
+    clock,wait = staticmethod(time.monotonic),1. # seconds from one look to the next
+    def __init__(self,
+        learn # A `Learner`
+    ):
+        self.learn,self.bar = learn,None
+        self.open()
+
+    def open(self):
+        "A window begins"
+        self.at = self.clock()
+
+    def show(self,
+        i:int, # Micro-batches that are done
+        n:int # Those of the window
+    ):
+        "Show `i/n` if it is time"
+        if (now := self.clock())-self.at < self.wait: return
+        self.at,bar = now,getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+        if bar is None or bar.last_v is None: return # not begun, or done
+        if self.bar is not bar: self.bar,self.was = bar,bar.comment
+        bar.comment,bar.last_t = f'{i}/{n} {self.was}'.rstrip(),time.time()
+        bar.update_bar(bar.last_v)
+
+    def close(self):
+        "The window ends"
+        if self.bar is not None: self.bar.comment,self.bar = self.was,None

@@ -283,7 +283,9 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
     but = None
     try:
         with self._norms(passes) as outs:
-            for i in range(len(passes.parts)): self._micro(learn, one, passes, i, outs)
+            for i in range(len(passes.parts)):
+                self._micro(learn, one, passes, i, outs)
+                if not self.win.last: passes.bar.show(i+1, len(passes.parts))
             passes.backward_all()
             self.win.note()
         self.check_differentiated(learn)
@@ -295,6 +297,7 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
         self.win.cancel()
         passes.sliced.back(but)
         if self.reducer: self.reducer.sync(True)
+        passes.bar.close()
         self.passes = None
     self._join_all(learn, passes)
 

@@ -166,19 +166,38 @@ def intervals(self:NoiseScale):
 @patch
 def _latest(self:NoiseScale): return self.values[-1] if self.rows else math.nan
 
+def _axis(ax):
+    if not (ax is None or hasattr(ax, 'fill_between')): raise ValueError(f"`ax`={ax!r}: pass an axis of matplotlib, as one of `plt.subplots()`, or None")
+    return plt.subplots()[1] if ax is None else ax
+
 @patch
 def plot(self:NoiseScale,
     ax=None # A matplotlib axis, None for a figure of its own
 ):
     "Draw the noise scale and its 95 % interval over steps"
-    if not (ax is None or hasattr(ax, 'fill_between')): raise ValueError(f"`ax`={ax!r}: pass an axis of matplotlib, as one of `plt.subplots()`, or None")
-    if ax is None: ax = plt.subplots()[1]
+    ax = _axis(ax)
     scale,lower,upper = self._estimates()
     shown = scale[np.isfinite(scale) & (scale>0)]
     if len(shown): ax.set_ylim(shown[-1]/20, shown[-1]*20)
     ax.fill_between(range_of(scale), lower, np.nan_to_num(upper, posinf=1e30), alpha=0.2, lw=0)
     ax.plot(scale)
     ax.set(xlabel='steps', ylabel='noise scale, samples', yscale='log')
+    return ax
+
+# %% ../nbs/13_noise.ipynb #be92ef5b
+@patch(as_prop=True)
+def norms(self:NoiseScale):
+    "The norm of the gradient of each step, before it is clipped; of gradients that are sums, that of their mean over samples"
+    return torch.cat(self.rows)[:,0].sqrt().cpu().double().numpy() if self.rows else np.zeros(0)
+
+@patch
+def plot_norms(self:NoiseScale,
+    ax=None # A matplotlib axis, None for a figure of its own
+):
+    "Draw the norm of the gradient over steps"
+    ax = _axis(ax)
+    ax.plot(self.norms)
+    ax.set(xlabel='steps', ylabel='norm of the gradient', yscale='log')
     return ax
 
 # %% ../nbs/13_noise.ipynb #da50f37f
