@@ -264,7 +264,7 @@ def _within(o):
     return [v for n,v in seen.items() if n in seen.cells or not isinstance(v, _functions)]
 
 def _at_hand(model, kinds=_forward):
-    "Functions that are hooks of `model` or called by these, and objects whose methods they are or that stand in their variables"
+    "Functions that are hooks of `model` or are called by these, and objects whose methods they are or that their variables hold"
     todo,res,inside = _hooks(model, kinds),{},{id(m) for m in model.modules()}
     while todo:
         o = todo.pop()
@@ -405,7 +405,7 @@ def replicas(
     model, # A module
     k:int # How many
 )->list: # `model` and `k-1` that share its parameters and buffers, but no attribute and no place for a parameter or buffer
-    "Models that can be in mid-forward at the same time"
+    "Models whose forward passes can run side by side"
     def rep(m, memo):
         if m is None or id(m) in memo: return memo.get(id(m))
         if compiled(m): return m
