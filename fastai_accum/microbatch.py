@@ -76,7 +76,7 @@ class MicroBatch(Host):
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
-    derived,public = ('auto','sizes','run_valid','fast','paces'),('effective_bs',)
+    public,goes_on = ('effective_bs',),('moments','mixed','in_order','varied')
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough; 'fast' begins with the size that `micro_find` finds the fastest
@@ -131,7 +131,7 @@ class MicroBatch(Host):
     def busy(self): return self.passes is not None
 
     def check_change(self, name, v):
-        if self.fitting and (name!='bs' or v=='auto' or self.busy()):
+        if self.fitting and (name!='bs' or isinstance(v, str) or self.busy()):
             raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `bs`, if it is a number, also between batches, as in `before_batch`")
 
     def forget(self, learn):
