@@ -17,9 +17,11 @@ from fastai.vision.all import DynamicUnet,TensorImage,accuracy,unet_learner,visi
 from fastai.vision.gan import GANLearner
 import test_oom as oom
 from test_oom import little_garbage
-from fastai_accum import batchnorm,microbatch
-from fastai_accum.batchnorm import Offload,joint_batch_norm,jointly
+from test_offload import Host,hosts
+from fastai_accum import batchnorm,microbatch,offload
+from fastai_accum.batchnorm import joint_batch_norm,jointly
 from fastai_accum.lockstep import Lockstep,LockstepThread,lockstep,meet
+from fastai_accum.offload import Offload
 from test_companions import Mixed,Spoil,gan_maker,images,skipped,words,y_int,GAN_LOSSES
 from common import *
 
@@ -1187,28 +1189,6 @@ def test_auto_one():
 
 # ---- what is kept, and where
 
-class Elsewhere:
-    "A tensor as it would be on an accelerator"
-    device,is_cuda = types.SimpleNamespace(type='cuda'),True
-    def __init__(self, t): self.t = t
-    @property
-    def __class__(self): return type(self.t)
-    def __getattr__(self, k): return getattr(self.t, k)
-class Host(Offload):
-    "Offload what would be offloaded if the CPU were an accelerator, and log what is saved and what is copied"
-    alive,logs = weakref.WeakSet(),[]
-    def __init__(self): super().__init__(); self.log = [],[]; self.alive.add(self); self.logs.append(self.log)
-    def stays(self, t): return super().stays(Elsewhere(t))
-    def pack(self, t):
-        n,res = len(self.seen),super().pack(t)
-        for o in self.log[:1+(len(self.seen)>n)]: o.append(t.detach()) # held, so that no other has its address
-        return res
-@pytest.fixture
-def hosts(monkeypatch):
-    monkeypatch.setattr(batchnorm, 'Offload', Host)
-    Host.logs.clear()
-    return Host
-
 @pytest.mark.parametrize('o', ('residual','MLP','attributes','DynamicUnet'))
 def test_offload(o, hosts):
     "The same run to the bit; each tensor is copied once for all who need it, and parameters not at all"
@@ -1248,14 +1228,14 @@ def test_offload_sees_changes(hosts):
 def test_offload_comes_back_once(monkeypatch, hosts):
     "What two operations have saved goes out once and comes back once, and nothing is held on the device after the last has asked"
     went,came = [],[]
-    class Counted(batchnorm.Away):
+    class Counted(offload.Away):
         def __init__(self, t): super().__init__(t); went.append(self)
         def back(self):
             held = self.here
             res = super().back()
             if held is None: came.append(self)
             return res
-    monkeypatch.setattr(batchnorm, 'Away', Counted)
+    monkeypatch.setattr(offload, 'Away', Counted)
     model = resnet18(num_classes=3).double()
     with jointly(model, [(o,) for o in torch.randn(6, 3, 32, 32, dtype=f64).split(2)], 'cpu') as forward: sum(o.square().sum() for o in forward()).backward()
     (packed,copied), = hosts.logs
@@ -1273,14 +1253,24 @@ def test_offload_twice(hosts):
 
 def test_offload_that_does_not_fit(monkeypatch, hosts):
     "The host's memory is looked at before it is full, in the first batch"
-    monkeypatch.setattr(batchnorm, 'host_memory', lambda: 2**14)
+    monkeypatch.setattr(offload, 'host_memory', lambda: 2**14)
     small = one(exact())
-    with pytest.raises(RuntimeError, match="`offload`='cpu'.*smaller batch, or `offload`=None"): run(small, fit)
+    with pytest.raises(RuntimeError, match="`offload`='cpu'.*fewer samples, or `offload`=None"): run(small, fit)
     clean(small)
     run(one(exact(offload=None)), fit)
     monkeypatch.undo()
     assert Offload().stays(types.SimpleNamespace(device=torch.device('mps')))
-    assert 2**28 < batchnorm.host_memory() < 2**50
+    assert 2**28 < offload.host_memory() < 2**50
+
+class Overwrites(nn.Module):
+    "Changes what the backward pass needs"
+    def forward(self, x): return x.exp().mul_(2)
+@pytest.mark.parametrize('offload', ('cpu',None))
+def test_what_stays_is_not_to_change(offload):
+    "Where nothing is moved, a tensor that was overwritten is an error, as without hooks, and no other gradient"
+    l = one(exact(offload=offload), model=lambda: nn.Sequential(Res(), Overwrites(), nn.Linear(3, 3)))
+    with pytest.raises(RuntimeError, match='changed in place|modified by an inplace operation'): run(l, fit)
+    clean(l)
 
 class Saved:
     def __init__(self, t): self.t = t.detach() # an output that is saved as it is would keep itself alive
