@@ -12,13 +12,13 @@ ways = ['right','left','down','up']
 
 def label(i): return ways[i%4]
 
-def volume(i):
+def volume(i, noise=0.7):
     "Eight slices through which a digit moves in the way `label(i)`, under noise; scanners differ in contrast"
     rng = np.random.default_rng(i)
     digit,start,side = digits[rng.integers(len(digits))],rng.integers(2),rng.integers(9)
     path = range(start, start+8)
     if label(i) in ('left','up'): path = path[::-1]
-    vol = tensor(rng.normal(0, 0.7, (1,8,16,16))).float()
+    vol = tensor(rng.normal(0, noise, (1,8,16,16))).float()
     for d,p in enumerate(path):
         r,c = (side,p) if label(i) in ('right','left') else (p,side)
         vol[0,d,r:r+8,c:c+8] += digit

@@ -58,6 +58,10 @@ def test_volumes(tmp_path):
             res['rows'][k][what] = change(res['rows'][k][what])
             other.write_text(json.dumps(res))
             with pytest.raises(SystemExit, match='are not those of'): main(check=True, volume_numbers=other)
+    res = json.loads(text)
+    res['err64']['exact'] = 1e-3
+    other.write_text(json.dumps(res))
+    with pytest.raises(SystemExit, match='are not those of'): main(check=True, volume_numbers=other)
 
 def test_volumes_are_those_of_the_page():
     "What the script trains on, and what it trains, is what the page shows"

@@ -100,7 +100,8 @@ def where_volumes(res):
     "When, where and how often"
     r = res['volumes']
     return (f"{r['date']}, {r['where'].split('+')[0]}; {r['n_epoch']} epochs of {r['n_train']} volumes, {r['n_valid']} to validate, {r['n_seeds']} seeds. Accuracy is the mean over seeds, with the lowest and the highest; "
-            "the distance is the largest of a seed; the time is the median of CPU seconds, and how often that of the first row it is.")
+            "the distance is the largest of a seed; the time is the median of CPU seconds, and how often that of the first row it is. "
+            f"`MicroBatch(2, sync_bn=True)` and GroupNorm with `AccumulateStep(16)` are {num(max(r['err64'].values()))} off or less if the same is computed in float64.")
 
 WAYS = {'GradientAccumulation':"fastai's `GradientAccumulation`", 'AccumulateStep':'`AccumulateStep`', 'MicroBatch':'`MicroBatch`', 'sync_bn':'`MicroBatch(sync_bn=True)`'}
 FEW_LEARNERS = 'vision','unet','tabular'
