@@ -68,9 +68,10 @@ class AccumulateStep(Host):
         leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
         sync_bn:bool|str=False, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
         sync_loss:bool=False, # A loss that sees the whole batch is to be had of `MicroBatch` only
-        unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
+        unsharded:str|None='grads', # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
+        n_targets:int|Callable|None=None # Targets that count which make a step (at least), such as tokens, instead of `n_step`; the host waits for their number
     ):
-        self.unit = check_args(n_step, n_samples, normalize, leftover)
+        self.unit = check_args(n_step, n_samples, normalize, leftover, n_targets)
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (False,'stats'))
@@ -116,7 +117,7 @@ def _size(self:AccumulateStep, pct): return window_size(self.unit, getattr(self,
 @patch
 def _n_micro(self:AccumulateStep, dl):
     "Micro-batches of `dl` in a window, None if that can't be known beforehand"
-    bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    bs = {'n_step':1, 'n_targets':None}.get(self.unit, getattr(dl, 'bs', getattr(dl, 'batch_size', None)))
     if bs and self.leftover!='carry' and not callable(getattr(self, self.unit)): return math.ceil(self._size(0)/bs)
 
 @patch
@@ -173,7 +174,7 @@ def _batch(self:AccumulateStep, learn, f):
             raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {self} can't weigh its loss: let it call "
                              "`self._with_events(self._backward, 'backward', CancelBackwardException)`, as fastai does")
     if win.last: self._end(learn)
-    else: self.part.bar.show(win.begun, max(win.begun+1, round(win.expect*win.begun/win.seen)))
+    else: self.part.bar.show(win.begun, max(win.begun+1, round(win.expect*win.begun/max(win.seen, 1))))
 
 @patch
 def _end(self:AccumulateStep, learn):
@@ -198,10 +199,11 @@ def _begin(self:AccumulateStep, learn, bs):
     self.moments.micro()
     if learn.opt is not self.accum_opt: self.accum_opt = learn.opt = AccumulateOptimizer(learn.opt, on_wait=self._on_wait)
     self.accum_opt.open = True
-    if self.win is None: self._open(learn, i, bs)
+    n = self._filled_by(learn, bs)
+    if self.win is None: self._open(learn, i, n or 1)
     if i==part.n_dl and part.early:
         warn(f"the dataloader gave more than the {i} micro-batches of its `len`, so a window was closed before it was full: mend its `__len__`")
-    last = self.win.begin(1 if self.unit=='n_step' else bs, i+1==part.n_dl and self._steps_leftover)
+    last = self.win.begin(n, i+1==part.n_dl and self._steps_leftover)
     part.early = last and self.win.seen<self.win.size
     if part.n_win: learn.iter,learn.n_iter = part.i_win,part.n_win
     if part.reducer: part.reducer.sync(last)
@@ -216,14 +218,24 @@ def _on_wait(self:AccumulateStep, name):
          "micro-batch, raise `CancelBackwardException` in `before_backward`; what belongs to a step goes in `before_step` or `after_step`")
 
 @patch
-def _open(self:AccumulateStep, learn, i, bs):
-    "Open a window at micro-batch `i` of `bs` samples"
+def _filled_by(self:AccumulateStep, learn, bs):
+    "How much of a window a micro-batch of `bs` samples fills"
+    if self.unit!='n_targets': return 1 if self.unit=='n_step' else bs
+    n = n_targets(plain_loss(learn), *learn.yb)
+    if n is None:
+        what = type(learn.yb[0]).__name__ if len(learn.yb) else 'missing'
+        raise ValueError(f"`n_targets`={self.n_targets!r}: the first target of a micro-batch is {what}, and targets are counted in tensors only: pass `n_step` or `n_samples`")
+    return n
+
+@patch
+def _open(self:AccumulateStep, learn, i, unit):
+    "Open a window at micro-batch `i`, which fills `unit` of it"
     n_dl,(epoch,n_epoch) = self.part.n_dl,self.part.at
     # where windows can't be counted beforehand, training progress is that of the dataloader
     learn.pct_train = min(learn.pct_train, (epoch+1)/n_epoch) if self.part.n_win else (epoch + i/n_dl)/n_epoch
     self.kept = [(p,p.grad) for p in self.part.outside if p.grad is not None] # no optimizer has zeroed them, and they are not this window's
     for p,_ in self.kept: p.grad = None
-    size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
+    size = self._size(learn.pct_train)
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
     self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low, reducer=self.part.reducer)
@@ -325,6 +337,8 @@ def _check(self:AccumulateStep, learn):
     check_trainable(learn)
     reducer = reducer_of(learn.model, self.unsharded)
     check_reducer(reducer, learn.model, learn.opt.all_params().itemgot(0))
+    if self.unit=='n_targets' and several_processes():
+        raise ValueError(f"`n_targets`={self.n_targets!r} in one of several processes: their windows would end at different micro-batches, and they step together. Pass `n_step` or `n_samples`")
     if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
     return reducer
 
