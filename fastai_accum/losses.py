@@ -192,6 +192,12 @@ def _leads(f, goals, is_one=None, no=()):
     if isinstance(no, set): no |= seen
     return False
 
+def _of_python(o):
+    "Was `o`, which an operation saved, a number of Python's? Such a number does not decide the type of a result"
+    if not isinstance(o, torch.Tensor): return True
+    small = {torch.int64:torch.int8, torch.float64:torch.float16}.get(o.dtype)
+    return small is not None and o.ndim==0 and torch.result_type(o, torch.zeros((), dtype=small))==small
+
 def _scaled(f, goals, one=True):
     "The node whose result `f` multiplies or divides by one number, with a tuple of what it divides by; None if it does not. Is a tensor of one element `one`, or may it be a sample's?"
     kind = _kind(f)
@@ -204,8 +210,7 @@ def _scaled(f, goals, one=True):
     if kind=='Div' and a is None or isinstance(o, torch.Tensor) and (o.numel()!=1 or o.ndim and not one): return None
     if kind=='Div': return a,(o,)
     if isinstance(o, torch.Tensor) and o.device.type=='cpu' and o.ndim==0 and o==0: return None,() # it adds nothing
-    computed = isinstance(o, torch.Tensor) and o.is_floating_point() and o.dtype!=torch.float64 # numbers of Python's are in float64
-    return a or b,((1/o.masked_fill(o==0, 1),) if computed else ())
+    return a or b,(() if _of_python(o) or not o.is_floating_point() else (1/o.masked_fill(o==0, 1),))
 
 def _sizes(f): return getattr(f, '_saved_self_sym_sizes', None) or getattr(f, '_saved_self_sizes', ())
 
@@ -311,7 +316,7 @@ def _summed(f, divs, size, counts, goals, n):
     if (t := _reduced(f, inner)) is not None: return [t]
     if (gs := _list(f, size)) is not None: return [(g,inner,None,None) for g in gs]
     if kind=='Mean' and (0 in _dims(f) or not mean and _leads(f, goals, _first_moved)): return [LossTerm(f, inner, _averaged(f) if 0 in _dims(f) else None)]
-    if counts is None and n!=1: counts = _counts(f) # a count of at least 1 looks like one sample
+    if counts is None and (n!=1 or not all(map(_of_python, divs))): counts = _counts(f) # a Python number 1 is one sample, a computed 1 a count that is at least 1
     if kind in _linear|{'Mean','Sum','Mul','Div','Where','MaskedFill'} and (len(ins)==1 or kind in ('Add','Sub','Rsub')):
         return [(g,divs,size if kind in _linear|_keeps else (),counts) for g in ins]
     return [LossTerm(f, divs, counts) if mean else LossTerm(f, divs, 'sum', (counts,))]

@@ -7,7 +7,6 @@ __all__ = ['SuggestedBS', 'ratio_interval', 'NoiseScale']
 
 # %% ../nbs/13_noise.ipynb #cf945db6
 from copy import copy,deepcopy
-from inspect import signature
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
@@ -62,6 +61,7 @@ def ratio_interval(
     return np.where(w>0, ratio, np.nan),np.where(some, lower, 0),np.where(some, upper, np.inf)
 
 # %% ../nbs/13_noise.ipynb #8d80879a
+@explained
 class NoiseScale(Callback):
     "Track the gradient noise scale, in samples, of a run with `AccumulateStep` or `MicroBatch`"
     order,run_valid = -99,False # just after these
@@ -71,16 +71,18 @@ class NoiseScale(Callback):
         _check_beta(beta)
         self.beta,self.rows,self.metric = beta,[],ValueMetric(self._latest, 'noise_scale')
 
+    def __repr__(self): return as_call(self, dict(beta=self.beta))
+
     def before_fit(self):
         self.acc = first(cb for cb in self.learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch)))
         if self.acc is None:
-            raise ValueError(f"{self} compares gradients of micro-batches and of whole windows: "
+            raise ValueError(f"{type(self).__name__} compares gradients of micro-batches and of whole windows: "
                              "put it beside `AccumulateStep` or `MicroBatch`")
         if self.acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
-            raise ValueError(f"{self} beside {self.acc}(sync_bn=True): all micro-batches have one backward pass, "
+            raise ValueError(f"{type(self).__name__} beside {type(self.acc).__name__}(sync_bn=True): all micro-batches have one backward pass, "
                              "so the first one's gradient can't be seen. Take `sync_bn='stats'`")
         if getattr(self.acc, 'sync_loss', False):
-            raise ValueError(f"{self} beside {self.acc}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
+            raise ValueError(f"{type(self).__name__} beside {type(self.acc).__name__}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
                              "if the loss is a mean over samples")
         self.rows,self.win = [],None
 
@@ -231,9 +233,7 @@ def _accumulator(learn):
 def _free(acc):
     "`acc`, or one with its arguments if it has a window open"
     if not acc.busy(): return acc
-    args = {k:getattr(acc, k) for k in signature(type(acc)).parameters}
-    if getattr(acc, 'auto', False): args['bs'] = 'auto'
-    return type(acc)(**args)
+    return type(acc)(**acc.given)
 
 def _split_finer(acc, bs):
     "`acc`, or one that takes an eighth of a batch of `bs`, if all of that fits in a micro-batch of `acc`"
@@ -267,11 +267,11 @@ def bs_find(self:Learner,
     find = _BsFinder(noise, n_it, tol)
     with unchanged(self),self.no_logging():
         acc,aside = _accumulator(self),(NoiseScale,AccumulateStep,MicroBatch,CSVLogger) # the last would start its file anew
-        self.cbs = L(cb for cb in self.cbs if not isinstance(cb, aside))
+        acc.quiet,self.cbs = True,L(cb for cb in self.cbs if not isinstance(cb, aside))
         self.fit(n_it*n_proc//len(self.dls.train) + 1, lr=lr, cbs=[acc,noise,find])
     scale,lower,upper = noise._estimates()[:,-1] if noise.rows else [math.nan]*3
     if math.isnan(scale):
-        raise ValueError(f"{len(noise.values)} steps with {acc} had no two finite gradients to compare: "
+        raise ValueError(f"{len(noise.values)} steps with {type(acc).__name__} had no two finite gradients to compare: "
                          "pass a larger `n_it`, or a smaller `lr`")
     if not find.narrow:
         warn(f"after {len(noise.values)} steps the noise scale is between {lower:.3g} and {upper:.3g} samples, "

@@ -17,9 +17,11 @@ from fastai.vision.all import DynamicUnet,TensorImage,accuracy,unet_learner,visi
 from fastai.vision.gan import GANLearner
 import test_oom as oom
 from test_oom import little_garbage
-from fastai_accum import batchnorm,microbatch
-from fastai_accum.batchnorm import Offload,joint_batch_norm,jointly
+from test_offload import Host,hosts
+from fastai_accum import batchnorm,microbatch,offload
+from fastai_accum.batchnorm import joint_batch_norm,jointly
 from fastai_accum.lockstep import Lockstep,LockstepThread,lockstep,meet
+from fastai_accum.offload import Offload
 from test_companions import Mixed,Spoil,gan_maker,images,skipped,words,y_int,GAN_LOSSES
 from common import *
 
@@ -810,6 +812,15 @@ def test_checkpoint(reentrant):
     small.model.norm = False
     goes_on(small)
 
+@pytest.mark.parametrize('acc', (exact, partial(exact, sync_loss=True)), ids=('', 'sync_loss'))
+@pytest.mark.parametrize('n', (1,2), ids=('alone','last'))
+def test_checkpoint_has_no_need_of_norm(n, acc):
+    "A BatchNorm that checkpointing would not come to again, as nothing after it was saved, is refused too: in the whole batch its running statistics move twice"
+    small = one(acc(), model=lambda: Wrap(conv(3, 6), Part(nn.Sequential(conv(6, 6), nn.BatchNorm2d(6))[2-n:], False), *pooled(6)))
+    with deadline(), pytest.raises(RuntimeError, match="BatchNorm is called outside.*gradient checkpointing"): run(small, fit)
+    assert not small.trace.steps
+    clean(small)
+
 @pytest.mark.parametrize('reentrant', (False,True))
 def test_checkpoint_and_masks(reentrant):
     "What is computed again draws what it drew before, so that checkpointing changes nothing"
@@ -1178,28 +1189,6 @@ def test_auto_one():
 
 # ---- what is kept, and where
 
-class Elsewhere:
-    "A tensor as it would be on an accelerator"
-    device,is_cuda = types.SimpleNamespace(type='cuda'),True
-    def __init__(self, t): self.t = t
-    @property
-    def __class__(self): return type(self.t)
-    def __getattr__(self, k): return getattr(self.t, k)
-class Host(Offload):
-    "Offload what would be offloaded if the CPU were an accelerator, and log what is saved and what is copied"
-    alive,logs = weakref.WeakSet(),[]
-    def __init__(self): super().__init__(); self.log = [],[]; self.alive.add(self); self.logs.append(self.log)
-    def stays(self, t): return super().stays(Elsewhere(t))
-    def pack(self, t):
-        n,res = len(self.seen),super().pack(t)
-        for o in self.log[:1+(len(self.seen)>n)]: o.append(t.detach()) # held, so that no other has its address
-        return res
-@pytest.fixture
-def hosts(monkeypatch):
-    monkeypatch.setattr(batchnorm, 'Offload', Host)
-    Host.logs.clear()
-    return Host
-
 @pytest.mark.parametrize('o', ('residual','MLP','attributes','DynamicUnet'))
 def test_offload(o, hosts):
     "The same run to the bit; each tensor is copied once for all who need it, and parameters not at all"
@@ -1239,14 +1228,14 @@ def test_offload_sees_changes(hosts):
 def test_offload_comes_back_once(monkeypatch, hosts):
     "What two operations have saved goes out once and comes back once, and nothing is held on the device after the last has asked"
     went,came = [],[]
-    class Counted(batchnorm.Away):
+    class Counted(offload.Away):
         def __init__(self, t): super().__init__(t); went.append(self)
         def back(self):
             held = self.here
             res = super().back()
             if held is None: came.append(self)
             return res
-    monkeypatch.setattr(batchnorm, 'Away', Counted)
+    monkeypatch.setattr(offload, 'Away', Counted)
     model = resnet18(num_classes=3).double()
     with jointly(model, [(o,) for o in torch.randn(6, 3, 32, 32, dtype=f64).split(2)], 'cpu') as forward: sum(o.square().sum() for o in forward()).backward()
     (packed,copied), = hosts.logs
@@ -1264,14 +1253,24 @@ def test_offload_twice(hosts):
 
 def test_offload_that_does_not_fit(monkeypatch, hosts):
     "The host's memory is looked at before it is full, in the first batch"
-    monkeypatch.setattr(batchnorm, 'host_memory', lambda: 2**14)
+    monkeypatch.setattr(offload, 'host_memory', lambda: 2**14)
     small = one(exact())
-    with pytest.raises(RuntimeError, match="`offload`='cpu'.*smaller batch, or `offload`=None"): run(small, fit)
+    with pytest.raises(RuntimeError, match="`offload`='cpu'.*fewer samples, or `offload`=None"): run(small, fit)
     clean(small)
     run(one(exact(offload=None)), fit)
     monkeypatch.undo()
     assert Offload().stays(types.SimpleNamespace(device=torch.device('mps')))
-    assert 2**28 < batchnorm.host_memory() < 2**50
+    assert 2**28 < offload.host_memory() < 2**50
+
+class Overwrites(nn.Module):
+    "Changes what the backward pass needs"
+    def forward(self, x): return x.exp().mul_(2)
+@pytest.mark.parametrize('offload', ('cpu',None))
+def test_what_stays_is_not_to_change(offload):
+    "Where nothing is moved, a tensor that was overwritten is an error, as without hooks, and no other gradient"
+    l = one(exact(offload=offload), model=lambda: nn.Sequential(Res(), Overwrites(), nn.Linear(3, 3)))
+    with pytest.raises(RuntimeError, match='changed in place|modified by an inplace operation'): run(l, fit)
+    clean(l)
 
 class Saved:
     def __init__(self, t): self.t = t.detach() # an output that is saved as it is would keep itself alive
@@ -1402,16 +1401,23 @@ def test_stats_by_samples():
     for k in ('running_mean','running_var','num_batches_tracked'):
         for s,t in zip(buffers(large, f'net.0.{k}'), buffers(small, f'net.0.{k}')): assert rel(s, t)<=1e-12
 
-def test_stats_and_checkpoint():
+@pytest.mark.parametrize('reentrant', (False,True))
+@pytest.mark.parametrize('mid,momentum', ((lambda n: n, 0.1), (lambda n: n, None), (lambda n: nn.Sequential(n, nn.ReLU(), conv(3, 3)), None)), ids=('alone','alone, cumulative','first, cumulative'))
+def test_stats_and_checkpoint(mid, momentum, reentrant):
     "As the error for exact BatchNorm says, this can be had; layers that are computed again move twice, as they do for whole batches"
-    def model(): return Wrap(conv(3, 3), Part(BN(3)), conv(3, 6), BN(6), *pooled(6))
-    large,plain,small = (run(one(acc, model=model), lambda l: l.fit(2, 0.)) for acc in (None,MicroBatch(3),stats()))
-    for s,t in zip(plain.trace.steps, small.trace.steps): assert torch.equal(s['weights'], t['weights'])
-    for k in ('running_mean','running_var','num_batches_tracked'):
-        for s,t in zip(buffers(large, f'net.1.m.{k}'), buffers(small, f'net.1.m.{k}')): assert rel(s, t)<=1e-12, k
+    def model(): return Wrap(conv(3, 3), Part(mid(BN(3, momentum=momentum)), reentrant), conv(3, 6), BN(6), *pooled(6))
+    def go(acc, bs=BS): return run(one(acc, n=24, bs=bs, data=images(24), model=model), lambda l: l.fit(1, 0.))
+    def moved(l): return [[b for n,b in zip((n for n,_ in l.model.named_buffers()), bs) if n.startswith('net.1.')] for bs in l.seen.bufs]
+    large,plain,micro,loss = map(go, (None,MicroBatch(3),stats(),stats(sync_loss=True)))
+    for s,t in zip(plain.trace.steps, micro.trace.steps): assert torch.equal(s['weights'], t['weights'])
+    assert int(moved(large)[-1][2])==2*len(large.trace.steps)
+    for o in (micro,loss):
+        for s,t in zip(moved(large), moved(o)): assert all(rel(a, b)<=1e-12 for a,b in zip(s, t))
+    window = go(AccumulateStep(2, sync_bn='stats'), BS//2)
+    assert all(rel(a, b)<=1e-12 for a,b in zip(moved(large)[-1], moved(window)[-1]))
 class Part(nn.Module):
-    def __init__(self, m): super().__init__(); self.m = m
-    def forward(self, x): return checkpoint(self.m, x, use_reentrant=True)
+    def __init__(self, m, reentrant=True): super().__init__(); self.m,self.reentrant = m,reentrant
+    def forward(self, x): return checkpoint(self.m, x, use_reentrant=self.reentrant)
 
 @pytest.mark.parametrize('acc', (stats, lambda: AccumulateStep(2, sync_bn='stats')), ids=('MicroBatch','AccumulateStep'))
 @pytest.mark.parametrize('exc', (Boom,KeyboardInterrupt,CancelBatchException,CancelTrainException,CancelFitException))

@@ -121,6 +121,7 @@ def test_normalize():
     assert all((b>=0).any() for _,b in cut(data, even(N, 12))) # else plain training has nan
     def known(pred, targ): return F.cross_entropy(pred, targ, reduction='none', ignore_index=-100).sum()/(targ>=0).sum().clamp(min=1)
     a = large(cut(data, even(N, 12)), CE)
+    assert_same(a, small(cut(data, even(N, 3)), known, n_step=4))
     assert_same(a, small(cut(data, even(N, 3)), known, n_step=4, normalize=lambda p,t: (t>=0).sum()))
     assert rel(a['steps'][-1], small(cut(data, even(N, 3)), known, n_step=4, normalize='samples')['steps'][-1])>1e-3
 

@@ -64,6 +64,7 @@ def test_split():
     run_both(lambda l: l.fit(2, 0.1), large, small)
     assert_same_run(large, small)
     with pytest.raises(ValueError, match='`split` returned parts of'): learner(73, 16, partial(MicroBatch, bs=6, split=lambda xb,yb,bs: split(xb, yb, bs)[:-1])).fit(1)
+    with pytest.raises(ValueError, match='in another order'): learner(73, 16, partial(MicroBatch, bs=6, split=lambda xb,yb,bs: split(xb, yb, bs)[::-1])).fit(1)
     assert clean(small)
 
 config = dict(emb_sz=6, n_hid=7, n_layers=2)
@@ -194,6 +195,24 @@ def test_statistics_of_the_whole(bs, acc):
     plain = learner(64, 4, acc4, model=lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).double(), layer_groups=None)
     run(plain, lambda l: l.fit(2, 0.1))
     assert rel(flat(large.model.buffers()), flat(plain.model.buffers()))>1e-2
+
+@pytest.mark.parametrize('kw,n', ((dict(bs=5),5+18), (dict(bs=99),5+5), (dict(bs=5, sync_bn='stats'),5+18), (dict(bs=5, sync_bn=True),5)), ids=str)
+def test_offload(kw, n, monkeypatch):
+    "On a CPU that is taken for an accelerator: begun for each of five batches, and forgotten before each micro-batch; the same run to the bit"
+    from fastai_accum import batchnorm,fastai1,offload
+    begun,away = [],[]
+    class Away(offload.Away):
+        def __init__(self, t): super().__init__(t); away.append(1)
+    class Elsewhere(offload.Offload):
+        def stays(self, t): return isinstance(t if t._base is None else t._base, nn.Parameter)
+        def forget(self): super().forget(); begun.append(1)
+    for m,k,o in ((batchnorm,'Offload',Elsewhere), (fastai1,'Offload',Elsewhere), (offload,'Away',Away)): monkeypatch.setattr(m, k, o)
+    def go(**o):
+        begun.clear(), away.clear()
+        return run(learner(73, 16, partial(MicroBatch, **kw, **o), model=normed), lambda l: l.fit(1, 0.1)),len(begun),len(away)
+    (off,*none),(_,*auto),(on,*cpu) = go(offload=None),go(),go(offload='cpu')
+    assert none==[0,0] and auto==(cpu if kw.get('sync_bn') is True else none) and cpu[0]==n and cpu[1]>=n
+    assert len(on.steps.log)==5 and all(torch.equal(a[0], b[0]) for a,b in zip(off.steps.log, on.steps.log))
 
 def test_batch_norm_that_cannot_be():
     with pytest.raises(ValueError, match="`sync_bn`=True: micro-batches that come one by one can't be normalized together"): learner(64, 4).to_accum(4, sync_bn=True)

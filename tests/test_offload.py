@@ -1,0 +1,111 @@
+"What autograd saves is kept in the host's memory, on a CPU that is taken for an accelerator: `MicroBatch(offload='cpu')`"
+import types,weakref
+import pytest
+from torch.utils.checkpoint import checkpoint
+from fastai_accum import batchnorm,microbatch,offload
+from fastai_accum.offload import Offload
+from test_companions import Mixed,images
+from common import *
+
+N,BS = 21,8 # batches of 8, 8 and 5
+f32,f64 = torch.float32,torch.float64
+def fit(l): l.fit_one_cycle(2, 0.1)
+
+class Elsewhere:
+    "A tensor as it would be on an accelerator"
+    device,is_cuda = types.SimpleNamespace(type='cuda'),True
+    def __init__(self, t): self.t = t
+    @property
+    def __class__(self): return type(self.t)
+    def __getattr__(self, k): return getattr(self.t, k)
+class Host(Offload):
+    "Offload what would be offloaded if the CPU were an accelerator, and log what is saved and what is copied"
+    alive,logs = weakref.WeakSet(),[]
+    def __init__(self): super().__init__(); self.log = [],[]; self.alive.add(self); self.logs.append(self.log)
+    def stays(self, t): return super().stays(Elsewhere(t))
+    def pack(self, t):
+        n,res = len(self.seen),super().pack(t)
+        for o in self.log[:1+(len(self.seen)>n)]: o.append(t.detach()) # held, so that no other has its address
+        return res
+@pytest.fixture
+def hosts(monkeypatch):
+    for m in (batchnorm,microbatch): monkeypatch.setattr(m, 'Offload', Host)
+    Host.logs.clear()
+    return Host
+
+class Net(nn.Module):
+    "With BatchNorm, dropout, a tensor that two operations save, and a view of a parameter"
+    def __init__(self): super().__init__(); self.c,self.n,self.l = nn.Conv2d(3, 4, 3),nn.BatchNorm2d(4),nn.Linear(4, 3)
+    def forward(self, x):
+        x = F.dropout(self.n(self.c(x)), 0.2, self.training).sigmoid()
+        x = x*x.tanh()
+        return F.linear(x.mean((2,3)), self.l.weight.view(3, 4), self.l.bias)
+class Recomputed(Net):
+    def forward(self, x): return checkpoint(super().forward, x, use_reentrant=False)
+
+class Kept(Callback):
+    "How many micro-batches have something on the host when one has been differentiated"
+    def __init__(self): self.n = set()
+    def after_backward(self): self.n.add(len(Host.alive))
+
+def one(acc, dtype=f64, cbs=(), model=Net, **kwargs): return learner(N, BS, acc, dtype=dtype, data=images(N), model=model, cbs=[*cbs, Kept()], **kwargs)
+
+# arguments, callbacks and the like; micro-batches in two epochs
+MODES = {'plain': (dict(), dict(), 16), 'stats': (dict(sync_bn='stats'), dict(), 16), 'whole': (dict(bs=99), dict(), 6),
+         'sync_loss': (dict(sync_loss=True), dict(), 16+6), 'sync_loss, stats': (dict(sync_loss=True, sync_bn='stats'), dict(), 16+6),
+         'auto': (dict(bs='auto'), dict(), 6), 'bf16': (dict(), dict(cbs=lambda: [Mixed('bf16')], dtype=f32), 16),
+         'checkpoint': (dict(), dict(model=Recomputed), 16)}
+@pytest.mark.parametrize('mode', MODES)
+def test_plain(mode, hosts):
+    "The same run to the bit; each tensor is copied once for all who need it, parameters not at all, and no micro-batch's stays for long"
+    args,kw,n = MODES[mode]
+    def go(offload):
+        return run(one(MicroBatch(**{'bs':3, **args}, offload=offload), **{k:v() if k=='cbs' else v for k,v in kw.items()}), fit)
+    off = go(None)
+    assert not hosts.logs
+    on = go('cpu')
+    for s,t in zip(off.trace.steps, on.trace.steps): assert torch.equal(s['weights'], t['weights'])
+    for a,b in zip(off.model.buffers(), on.model.buffers()): assert torch.equal(a, b)
+    assert len(hosts.logs)==n and not len(hosts.alive) and on.kept.n=={1}
+    ptrs = {p.untyped_storage().data_ptr() for p in on.model.parameters()}
+    for packed,copied in hosts.logs:
+        at = [(t.data_ptr(), t._version, t.shape, t.dtype) for t in copied]
+        assert len(at)==len(set(at)) and not ptrs & {t.untyped_storage().data_ptr() for t in copied}
+    assert sum(len(copied)>1 for _,copied in hosts.logs)==n and (mode=='checkpoint' or any(len(copied)<len(packed) for packed,copied in hosts.logs))
+
+def test_large_batch(hosts):
+    "It is the run of the large batch"
+    def mk(acc): return learner(N, BS, acc, data=images(N), model=lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
+    large,small = (run(mk(acc), fit) for acc in (None,MicroBatch(1, offload='cpu')))
+    assert len(hosts.logs)==2*N
+    assert_same_run(large, small, 1e-12)
+
+@pytest.mark.parametrize('kw', (dict(), dict(offload=None), dict(offload='auto'), dict(sync_bn='stats'), dict(sync_loss=True)))
+def test_not_by_default(kw, hosts):
+    run(one(MicroBatch(3, **kw)), fit)
+    assert not hosts.logs
+
+def test_not_in_validation(hosts):
+    l = run(one(MicroBatch(3, valid=True, offload='cpu')), fit)
+    n = len(hosts.logs)
+    l.validate()
+    assert len(hosts.logs)==n==16
+
+def test_does_not_fit(monkeypatch, hosts):
+    "Of the host's memory a micro-batch has to fit, not the batch"
+    def of(bs):
+        hosts.logs.clear()
+        run(one(MicroBatch(bs, offload='cpu')), lambda l: l.fit(1))
+        return max(sum(1<<(t.nbytes-1).bit_length() for t in copied) for _,copied in hosts.logs)
+    large,small = of(8),of(2)
+    monkeypatch.setattr(offload, 'host_memory', lambda: small)
+    assert of(2)==small<large
+    with pytest.raises(RuntimeError, match="`offload`='cpu'.*fewer samples, or `offload`=None"): of(8)
+
+def test_cpu():
+    "Where the host's memory is all there is, nothing is copied"
+    off,on = (run(one(MicroBatch(3, offload=o)), fit) for o in (None,'cpu'))
+    assert_same_run(off, on, 0.)
+    x = torch.ones(3, requires_grad=True)
+    with Offload()(): y = x.exp()
+    assert y.grad_fn._saved_result.data_ptr()==y.data_ptr()
