@@ -161,7 +161,7 @@ def reducer(self:AccumulateStep): return self.part and self.part.reducer
 def _hints(self:AccumulateStep, learn):
     "Warn of windows that were hardly meant, and of BatchNorms"
     n = getattr(self, self.unit)
-    if not callable(n): self.hint('windows', window_hint(self.unit, n, loader_bs(learn.dl), len(learn.dl), self.leftover))
+    if not callable(n) and self.unit!='n_targets': self.hint('windows', window_hint(self.unit, n, loader_bs(learn.dl), len(learn.dl), self.leftover))
     if self.sync_bn is None and [self._micros(learn.dl, pct) for pct in (0.,1.)]!=[1,1]: self.hint('norms', own_statistics(learn.model))
 
 # %% ../nbs/09_accumulate.ipynb #af565463
