@@ -32,5 +32,6 @@ else:
     from .accumulate import AccumulateStep,counts_elements
     from .microbatch import MicroBatch
     from .noise import NoiseScale
+    from . import grow
     from .skipnan import SkipNaN
     from .check import AccumulationCheck

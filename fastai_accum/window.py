@@ -76,7 +76,8 @@ def check_args(
     n_samples, # Samples that make a step, or None
     normalize, # What a micro-batch weighs
     leftover, # What becomes of an epoch's last micro-batches
-    n_targets=None # Targets that make a step, or None
+    n_targets=None, # Targets that make a step, or None
+    words:tuple=() # What else `n_step` may be
 )->str: # Which of 'n_step', 'n_samples' and 'n_targets' says how large a window is
     "A `ValueError` if these can't be the arguments of `AccumulateStep`"
     sizes = {k:v for k,v in dict(n_step=None if n_step==1 else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
@@ -84,6 +85,7 @@ def check_args(
     check_normalize(normalize)
     check_choice('leftover', leftover, ('step','drop','carry'))
     (name,n), = sizes.items()
+    if n in words: return name
     for pct in (0.,1.): window_size(name, n, pct)
     return name
 
