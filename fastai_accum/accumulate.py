@@ -58,13 +58,13 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
 @with_arguments
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
-    order,methods,derived,public = -100,AccumulateMethods,('unit',),('effective_bs',) # the first to hear of a fit
+    order,methods,public = -100,AccumulateMethods,('effective_bs',) # the first to hear of a fit
     per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
     win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
-    units = dict(n_step=1, n_samples=None) # arguments that say how large a window is, and what they are if another one does
+    units = 'n_step','n_samples' # arguments that say how large a window is
     at,kept = None,() # this epoch and how many there are; gradients of other windows
     def __init__(self,
-        n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
+        n_step:int|Callable|None=None, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`; None: one, with a warning if there is no `n_samples` either
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step' (a smaller one), 'drop' (as a loader of the large batch with `drop_last=True`) or 'carry' (to the next epoch)
@@ -72,13 +72,14 @@ class AccumulateStep(Host):
         sync_loss:bool=False, # A loss that sees the whole batch is to be had of `MicroBatch` only
         unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
-        self.unit = check_args(n_step, n_samples, normalize, leftover)
+        self.unit = check_args(ifnone(n_step, 1), n_samples, normalize, leftover)
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (None,False,'stats'))
         check_choice('unsharded', unsharded, ('grads','all',None))
         if sync_loss: raise ValueError(f"`sync_loss`={sync_loss!r}: micro-batches that come one by one can't have one loss; use `MicroBatch(sync_loss=True)` with a loader of whole batches")
         store_attr()
+        vars(self)['n_step'] = ifnone(n_step, 1)
         self.moments,self.mixed = Moments(),WarnMixed(cure='. `MicroBatch(sync_loss=True)`, with a loader of whole batches, computes one loss for all')
 
     def before_fit(self):
@@ -99,7 +100,7 @@ class AccumulateStep(Host):
             raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `n_step` and `n_samples` also in `before_epoch` or `after_epoch`, "
                              "or let them be a function of training progress, such as `SchedLin(1, 8)`")
 
-    def instead(self, name, v): return {k:o for k,o in self.units.items() if k!=name} if name in self.units and v is not None else {}
+    def instead(self, name, v): return {k:None for k in self.units if k!=name} if name in self.units and v is not None else {}
 
     @contextmanager
     def in_fit(self, learn):
@@ -159,7 +160,7 @@ def reducer(self:AccumulateStep): return self.part and self.part.reducer
 @patch
 def _hints(self:AccumulateStep, learn):
     "Warn of windows that were hardly meant, and of BatchNorms"
-    n = getattr(self, self.unit)
+    n = self.given[self.unit]
     if not callable(n): self.hint('windows', window_hint(self.unit, n, loader_bs(learn.dl), len(learn.dl), self.leftover))
     if self.sync_bn is None and [self._micros(learn.dl, pct) for pct in (0.,1.)]!=[1,1]: self.hint('norms', own_statistics(learn.model))
 
@@ -391,7 +392,7 @@ def clash(self:AccumulateStep, cb):
 @patch
 @delegates(AccumulateStep)
 def to_accum(self:Learner,
-    n_step:int|Callable=1, # Micro-batches that make a step
+    n_step:int|Callable|None=None, # Micro-batches that make a step
     **kwargs
 ):
     "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`; it takes the place of another one, or of a `MicroBatch`"

@@ -76,10 +76,10 @@ class MicroBatch(Host):
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
-    derived,public = ('auto','sizes','run_valid'),('effective_bs',)
+    public,goes_on = ('effective_bs',),('moments','mixed','in_order','varied')
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
-        bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
+        bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough; 'fast' begins with the size that `micro_find` finds the fastest
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str|None=None, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do; False: each micro-batch is normalized by itself; None: that too, with a warning
@@ -90,7 +90,7 @@ class MicroBatch(Host):
         pool:bool=False, # With several processes, is a step the mean over what counts in all of them? False: the mean of their means, as without the callback
         unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a batch: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
-        if bs!='auto': check_size('bs', bs, ", or 'auto'")
+        if bs not in ('auto','fast'): check_size('bs', bs, ", 'auto' or 'fast'")
         check_normalize(normalize)
         check_choice('sync_bn', sync_bn, (None,False,True,'stats'))
         check_choice('offload', offload, ('auto','cpu',None))
@@ -103,7 +103,9 @@ class MicroBatch(Host):
         if pool and sync_loss: raise ValueError("`pool`=True and `sync_loss`=True: each process has one loss, in which nothing is weighed. Leave out `pool`; the loss itself can gather the outputs of all processes")
         check_choice('unsharded', unsharded, ('grads','all',None))
         store_attr()
-        self.auto,self.sizes,self.moments,self.in_order = bs=='auto',Sizes(),Moments(),InOrder(split)
+        self.auto,self.sizes,self.moments,self.in_order = bs in ('auto','fast'),Sizes(),Moments(),InOrder(split)
+        self.fast,self.paces = bs=='fast',{} # what is the fastest size, and of what
+        if self.fast: vars(self)['bs'] = 'auto' # until it is known
         self.mixed = WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
         self.run_valid = vars(self)['valid'] = ifnone(valid, self.auto)
@@ -117,6 +119,7 @@ class MicroBatch(Host):
 
     @contextmanager
     def in_fit(self, learn):
+        if self.fast: self.take_fastest(learn) # of `fastai_accum.pace`
         outer = self.passes # another fit may begin within a batch
         try:
             with set_aside(self._mods(learn), self._unreduced()) if outer else nullcontext(), super().in_fit(learn): yield
@@ -128,7 +131,7 @@ class MicroBatch(Host):
     def busy(self): return self.passes is not None
 
     def check_change(self, name, v):
-        if self.fitting and (name!='bs' or v=='auto' or self.busy()):
+        if self.fitting and (name!='bs' or isinstance(v, str) or self.busy()):
             raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `bs`, if it is a number, also between batches, as in `before_batch`")
 
     def forget(self, learn):

@@ -21,6 +21,7 @@ from .patching import *
 from .hosts import check_trainable
 from .accumulate import AccumulateStep
 from .microbatch import MicroBatch
+from .pace import *
 
 # %% ../nbs/13_noise.ipynb #f50066ca
 def _fieller(mx, my, vx, vy, vxy, t2):
@@ -219,7 +220,7 @@ class _BsFinder(LRFinder):
         return upper<np.inf and upper-lower<=self.tol*max(scale, 1)
 
 # %% ../nbs/13_noise.ipynb #4264f97a
-SuggestedBS = namedtuple('SuggestedBS', 'noise_scale interval batch_size n_step')
+SuggestedBS = namedtuple('SuggestedBS', 'noise_scale interval batch_size n_step fastest advice')
 
 def _accumulator(learn):
     "A callback that splits steps in at least two micro-batches: the learner's own, or one to take its place"
@@ -249,19 +250,28 @@ def _accumulate_more(acc, bs, n_batches):
     return _free(acc) if acc._size(0.)/unit>1 else AccumulateStep(n_step, normalize=acc.normalize, sync_bn=acc.sync_bn)
 
 # %% ../nbs/13_noise.ipynb #9d24c7ea
+def _plot(noise, time):
+    "The noise scale, and time if there is one"
+    if time is None: return noise.plot()
+    _,(a,b) = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
+    noise.plot(a)
+    time.plot(b)
+
 @patch
 def bs_find(self:Learner,
     n_it:int=100, # Steps at most
     lr:float|slice|None=None, # Learning rate of the mock training; None: what `fit` would take, 0: measure at today's weights
     max_n_step:int=64, # `n_step` at most
     tol:float=1., # Stop when the interval is no wider than this times the noise scale
-    show_plot:bool=True # Draw the estimate over steps?
-)->tuple: # Noise scale in samples, its 95 % interval, effective batch in samples, and micro-batches of today's dataloader that make it up
+    show_plot:bool=True, # Draw the estimate over steps, and time over the effective batch?
+    pace:bool|SuggestedMicro=True # Time steps, too? Or what `micro_find` has returned, as of larger micro-batches than a batch of the dataloader
+)->tuple: # Noise scale in samples, its 95 % interval, effective batch in samples, micro-batches of today's dataloader that make it up, effective batch that takes the least time, advice
     "Launch a mock training to measure the gradient noise scale, and suggest an effective batch as a named tuple"
     check_size('n_it', n_it)
     check_size('max_n_step', max_n_step)
     check_number('tol', tol, 'a number that is not negative', lambda v: v>=0)
     if not isinstance(lr, slice|None|list|tuple|L): check_number('lr', lr, 'a learning rate, a `slice` or list of them, or None', lambda v: v>=0)
+    check_pace(pace)
     check_trainable(self)
     noise,n_proc = NoiseScale(beta=1),num_distrib() or 1
     find = _BsFinder(noise, n_it, tol)
@@ -280,5 +290,6 @@ def bs_find(self:Learner,
     bs = find.bs*n_proc
     most = bs*min(max_n_step, math.ceil(len(self.dls.train)/n_proc))
     batch_size = round(min(max(scale, 1), most))
-    if show_plot: noise.plot()
-    return SuggestedBS(float(scale), (float(lower),float(upper)), batch_size, max(1, round(batch_size/bs)))
+    time,advice = time_to_loss(self, pace, scale, (lower,upper), bs, batch_size, most)
+    if show_plot: _plot(noise, time)
+    return SuggestedBS(float(scale), (float(lower),float(upper)), batch_size, max(1, round(batch_size/bs)), time and time.fastest, advice)

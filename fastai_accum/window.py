@@ -131,16 +131,15 @@ def _shown(v):
 # %% ../nbs/01_window.ipynb #24684a04
 def window_hint(
     unit:str, # 'n_step' or 'n_samples'
-    size:int, # So many micro-batches or samples make a step
+    size, # So many micro-batches or samples make a step, None if nobody said
     bs, # Samples in a micro-batch, None if that is not known
     n_dl:int, # Micro-batches in an epoch
     leftover:str='step' # What becomes of an epoch's last micro-batches
 ):
     "Why such windows may not be what was meant, None if they may"
+    if size is None: return "neither `n_step` nor `n_samples` is given: each micro-batch makes a step by itself, so nothing is accumulated. Pass how many are to make one, as in `AccumulateStep(4)`"
     if not (k := size if unit=='n_step' else bs and math.ceil(size/bs)): return
-    if k==1 and unit=='n_step':
-        return "`n_step`=1: each micro-batch makes a step by itself, so nothing is accumulated. Pass how many are to make one, as in `AccumulateStep(4)`"
-    if k==1: return f"`n_samples`={size} and micro-batches of {bs} samples: each makes a step by itself, so nothing is accumulated. Pass a larger `n_samples`, or let the loader have a smaller `bs`"
+    if k==1 and unit=='n_samples': return f"`n_samples`={size} and micro-batches of {bs} samples: each makes a step by itself, so nothing is accumulated. Pass a larger `n_samples`, or let the loader have a smaller `bs`"
     if k<=n_dl or leftover=='carry': return
     few = f"`{unit}`={size} and an epoch of {n_dl} micro-batches{'' if unit=='n_step' else f' of {bs} samples'}: they do not fill one window, and make one step. "
     return few + (f"`n_step` counts micro-batches; `GradientAccumulation({size})` counts samples, which is `n_samples`={size}" if unit=='n_step' else "Pass a smaller `n_samples`")
