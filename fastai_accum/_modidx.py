@@ -813,7 +813,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_accum.processes.several_processes': ( 'processes.html#several_processes',
                                                                                       'fastai_accum/processes.py')},
             'fastai_accum.retry': { 'fastai_accum.retry.Sizes': ('retry.html#sizes', 'fastai_accum/retry.py'),
-                                    'fastai_accum.retry.Sizes.halve': ('retry.html#sizes.halve', 'fastai_accum/retry.py'),
+                                    'fastai_accum.retry.Sizes.less': ('retry.html#sizes.less', 'fastai_accum/retry.py'),
                                     'fastai_accum.retry.Sizes.limit': ('retry.html#sizes.limit', 'fastai_accum/retry.py'),
                                     'fastai_accum.retry.Undo': ('retry.html#undo', 'fastai_accum/retry.py'),
                                     'fastai_accum.retry.Undo.__call__': ('retry.html#undo.__call__', 'fastai_accum/retry.py'),

@@ -77,7 +77,7 @@ class MicroBatch(Host):
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
-        bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and half of that whenever memory is not enough
+        bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and splits it in 2, 3, 4, 6, 8, 12, ... parts until memory is enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
@@ -200,8 +200,8 @@ def _fit_in(self:MicroBatch, learn, one):
     while not self._attempt(learn, one, xb, yb, n, bs := min(self.sizes.limit(train, kind) or n, n)):
         undo_notes()
         undo() # and give memory back
-        half = self.sizes.halve(train, kind, bs)
-        if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {half}")
+        less = self.sizes.less(train, kind, n, bs)
+        if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {less}")
     if train: self.bs = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
 
 @patch

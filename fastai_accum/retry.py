@@ -6,7 +6,7 @@
 __all__ = ['is_oom', 'Undo', 'drop_grads', 'set_aside', 'Sizes', 'size_kind']
 
 # %% ../nbs/05_retry.ipynb #3b9ce2b0
-import gc,random,re
+import gc,itertools,random,re
 from fastai.basics import *
 from .split import *
 
@@ -89,10 +89,15 @@ class Sizes(dict):
         kind:int # How large a sample is: what does not fit will not in a larger kind
     )->int|None: # Samples, None if there is no limit so far
         return min((bs for (t,k),bs in self.items() if t==train and k<=kind), default=None)
-    def halve(self, train, kind, bs)->int:
-        "`bs` samples were too many: the size to go on with"
-        self[train,kind] = half = (bs+1)//2
-        return half
+    def less(self,
+        train, kind, # As of `limit`
+        n:int, # Samples in the batch
+        bs:int # How many of them at once were too many
+    )->int:
+        "The size to go on with: that of the fewest parts out of 2, 3, 4, 6, 8, 12, 16, ..., that are smaller"
+        parts,most = (k for i in itertools.count() for k in (2<<i,3<<i)),math.ceil(n/math.ceil(n/bs)) # as parts are nearly equal
+        self[train,kind] = res = next(size for k in parts if (size := math.ceil(n/k))<max(most, 2))
+        return res
 
 def size_kind(
     xb, # Inputs of a batch
