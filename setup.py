@@ -14,7 +14,7 @@ minor = lambda v: int(v.split('.')[1])
 statuses = {'3':'3 - Alpha', '4':'4 - Beta', '5':'5 - Production/Stable'}
 
 setup(name=lib, version=version, description=cfg['description'], keywords=cfg['keywords'], author=cfg['author'],
-    license_expression=cfg['license'], license_files=['LICENSE'], packages=find_packages(include=[lib, f'{lib}.*']),
+    project_urls={'Repository':cfg['repository']} if cfg['repository'] else {}, license_expression=cfg['license'], license_files=['LICENSE'], packages=find_packages(include=[lib, f'{lib}.*']),
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()}, zip_safe=False,

@@ -2,8 +2,8 @@
 `AccumulateStep` makes one optimizer step from the gradients of several small batches.
 `MicroBatch` keeps the dataloader's large batch, and splits it inside the step into pieces small enough to fit.
 Weights, optimizer state, learning rates, recorded losses and `lr_find` are those of the large batch, to the last digits of floating point.
-That holds where batches are uneven, where windows do not divide the epoch, and where targets are ignored or weighted, too. The page on limits lists the exceptions.
-On newer NVIDIA GPUs PyTorch rounds the inputs of convolutions to TF32 by default: the last digits are then those of TF32, about three."""
+This also holds where batches are uneven, where windows do not divide the epoch, and where targets are ignored or weighted. The page *Limits* lists the exceptions.
+On newer NVIDIA GPUs, PyTorch computes convolutions in TF32 by default. Two runs then agree to the precision of TF32, about three digits."""
 
 __version__ = "0.0.1"
 
@@ -20,7 +20,7 @@ if _fastai is not None:
 
 from .optimizer import AccumulateOptimizer
 __all__ = ['AccumulateOptimizer','AccumulateStep','MicroBatch']
-if _fastai is None or not _fastai.startswith('1.'): __all__ += ['NoiseScale','AccumulationCheck','counts_elements']
+if _fastai is None or not _fastai.startswith('1.'): __all__ += ['NoiseScale','SkipNaN','AccumulationCheck','counts_elements']
 
 if _fastai is None: # for a loop of one's own, torch and fastcore are enough
     def __getattr__(name):
@@ -32,4 +32,5 @@ else:
     from .accumulate import AccumulateStep,counts_elements
     from .microbatch import MicroBatch
     from .noise import NoiseScale
+    from .skipnan import SkipNaN
     from .check import AccumulationCheck

@@ -55,25 +55,27 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
                 'before_step','after_step','after_cancel_batch','after_batch')
 
 # %% ../nbs/09_accumulate.ipynb #76265b59
+@with_arguments
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
-    order,methods = -100,AccumulateMethods # the first to hear of a fit
+    order,methods,derived,public = -100,AccumulateMethods,('unit',),('effective_bs',) # the first to hear of a fit
     per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
     win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
+    units = dict(n_step=1, n_samples=None) # arguments that say how large a window is, and what they are if another one does
     at,kept = None,() # this epoch and how many there are; gradients of other windows
     def __init__(self,
         n_step:int|Callable=1, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
-        leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
-        sync_bn:bool|str=False, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it
+        leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step' (a smaller one), 'drop' (as a loader of the large batch with `drop_last=True`) or 'carry' (to the next epoch)
+        sync_bn:bool|str|None=None, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it; False: each micro-batch is normalized by itself; None: that too, with a warning
         sync_loss:bool=False, # A loss that sees the whole batch is to be had of `MicroBatch` only
         unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
         self.unit = check_args(n_step, n_samples, normalize, leftover)
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
-        check_choice('sync_bn', sync_bn, (False,'stats'))
+        check_choice('sync_bn', sync_bn, (None,False,'stats'))
         check_choice('unsharded', unsharded, ('grads','all',None))
         if sync_loss: raise ValueError(f"`sync_loss`={sync_loss!r}: micro-batches that come one by one can't have one loss; use `MicroBatch(sync_loss=True)` with a loader of whole batches")
         store_attr()
@@ -84,10 +86,20 @@ class AccumulateStep(Host):
         learn = self.learn
         for cb in learn.cbs:
             if isinstance(cb, LRFinder): learn.n_epoch = cb.num_it//(self._n_win(self.dls.train) or 1) + 1 # it counts steps
+        self.warn_mixed(learn)
+
+    def check_fit(self):
+        super().check_fit()
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
-        self.warn_mixed(learn)
+
+    def check_change(self, name, v):
+        if self.fitting and (name not in self.units or self.part is not None):
+            raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `n_step` and `n_samples` also in `before_epoch` or `after_epoch`, "
+                             "or let them be a function of training progress, such as `SchedLin(1, 8)`")
+
+    def instead(self, name, v): return {k:o for k,o in self.units.items() if k!=name} if name in self.units and v is not None else {}
 
     @contextmanager
     def in_fit(self, learn):
@@ -114,10 +126,15 @@ def _reduction(self:AccumulateStep, learn): return loss_reduction(plain_loss(lea
 def _size(self:AccumulateStep, pct): return window_size(self.unit, getattr(self, self.unit), pct)
 
 @patch
+def _micros(self:AccumulateStep, dl, pct):
+    "Micro-batches of `dl` that a window takes at `pct` of training, None if `dl` does not tell"
+    bs = 1 if self.unit=='n_step' else loader_bs(dl)
+    return math.ceil(self._size(pct)/bs) if bs else None
+
+@patch
 def _n_micro(self:AccumulateStep, dl):
     "Micro-batches of `dl` in a window, None if that can't be known beforehand"
-    bs = 1 if self.unit=='n_step' else getattr(dl, 'bs', getattr(dl, 'batch_size', None))
-    if bs and self.leftover!='carry' and not callable(getattr(self, self.unit)): return math.ceil(self._size(0)/bs)
+    if self.leftover!='carry' and not callable(getattr(self, self.unit)): return self._micros(dl, 0)
 
 @patch
 def _n_win(self:AccumulateStep, dl):
@@ -126,13 +143,25 @@ def _n_win(self:AccumulateStep, dl):
     n = len(dl)
     if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'): n = math.ceil(n/num_distrib()) # not sharded yet
     if self.leftover!='drop': return math.ceil(n/k)
-    short = n and n%k==0 and self.unit=='n_samples' and k*dl.bs-_missing(dl) < self._size(0) # the last window does not fill
+    short = n and n%k==0 and self.unit=='n_samples' and k*dl.bs-missing(dl) < self._size(0) # the last window does not fill
     return n//k - bool(short)
 
-def _missing(dl):
-    "How many samples the last batch of `dl` is short of"
-    n = getattr(dl, 'n', None)
-    return -n%dl.bs if n and len(dl)==math.ceil(n/dl.bs) else 0 # else it leaves samples out
+@patch(as_prop=True)
+def effective_bs(self:AccumulateStep):
+    "Samples that a step is made from, in all processes together; None where that can't be known: windows that grow, a loader that does not tell its batch size"
+    if self.learn is None or callable(getattr(self, self.unit)): return None
+    k = self._micros(self.learn.dls.train, 0)
+    return k and self.samples_in(k, self.leftover=='carry')
+
+@patch(as_prop=True)
+def reducer(self:AccumulateStep): return self.part and self.part.reducer
+
+@patch
+def _hints(self:AccumulateStep, learn):
+    "Warn of windows that were hardly meant, and of BatchNorms"
+    n = getattr(self, self.unit)
+    if not callable(n): self.hint('windows', window_hint(self.unit, n, loader_bs(learn.dl), len(learn.dl), self.leftover))
+    if self.sync_bn is None and [self._micros(learn.dl, pct) for pct in (0.,1.)]!=[1,1]: self.hint('norms', own_statistics(learn.model))
 
 # %% ../nbs/09_accumulate.ipynb #af565463
 class TrainPart:
@@ -141,7 +170,7 @@ class TrainPart:
         self.n_dl,self.n_win,self.i_win = len(learn.dl),n_win,0 # micro-batches; windows, None if unknown; windows so far
         self.at,self.early = at,False # the epoch, and how many there are; was the window closed because the loader's end was expected
         self.bs,self.n_drop = None,self.n_dl # samples of the first micro-batch; the first micro-batch that is dropped
-        self.reducer = reducer # how gradients of several processes come together
+        self.reducer,self.bar = reducer,WindowBar(learn) # how gradients of several processes come together; what shows that a window goes on
         self.listeners = Listeners(learn, *micro_events)
         self.outside,self.warned = self._outside(learn),False # parameters that the optimizer leaves alone
         self.ends = ends(learn.model.parameters())
@@ -170,14 +199,16 @@ def _batch(self:AccumulateStep, learn, f):
         learn('after_cancel_batch')
     else:
         if len(learn.yb) and win.asked is None:
-            raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {self} can't weigh its loss: let it call "
+            raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {type(self).__name__} can't weigh its loss: let it call "
                              "`self._with_events(self._backward, 'backward', CancelBackwardException)`, as fastai does")
     if win.last: self._end(learn)
+    else: self.part.bar.show(win.begun, max(win.begun+1, round(win.expect*win.begun/win.seen)))
 
 @patch
 def _end(self:AccumulateStep, learn):
     "The end of a window is the end of a batch"
     self.win = None
+    self.part.bar.close()
     self.part.i_win += 1
     learn('after_batch')
 
@@ -210,7 +241,7 @@ def _on_wait(self:AccumulateStep, name):
     "A callback wants a step, or gradients zeroed, in an open window"
     if self.part is None or self.part.warned: return
     self.part.warned = True
-    warn(f"`opt.{name}()` was called within a window of {self} and did nothing, as it would lose the gradients of the micro-batches before. To leave out a "
+    warn(f"`opt.{name}()` was called within a window of {type(self).__name__} and did nothing, as it would lose the gradients of the micro-batches before. To leave out a "
          "micro-batch, raise `CancelBackwardException` in `before_backward`; what belongs to a step goes in `before_step` or `after_step`")
 
 @patch
@@ -226,6 +257,7 @@ def _open(self:AccumulateStep, learn, i, bs):
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
     self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low, reducer=self.part.reducer)
     self.win.watch(self.part.ends)
+    self.part.bar.open()
 
 @patch
 def weigh(self:AccumulateStep, learn):
@@ -294,10 +326,13 @@ _cancels = CancelTrainException,CancelEpochException,CancelFitException
 def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
     reducer = self._check(learn)
+    self._hints(learn)
     part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch), reducer)
     part.low = low_precision(self._params(learn))
     if self.leftover=='drop' and part.n_win is not None: part.n_drop = part.n_win*self._n_micro(learn.dl)
-    if part.n_win and hasattr(learn, 'progress'): learn.progress.pbar.total = part.n_win
+    if part.n_win and hasattr(learn, 'progress'):
+        learn.progress.pbar.total = part.n_win
+        learn.progress.pbar.update(0) # it has been shown with micro-batches
     try:
         if part.metrics: learn.recorder.train_metrics = False
         with norms_by([learn.model], self.moments) if self.sync_bn else nullcontext(): all_batches()
@@ -344,7 +379,7 @@ def _flush(self:AccumulateStep, learn):
 def clash(self:AccumulateStep, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_accum(...)` puts one in"
+    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({type(cb).__name__})` takes those out, `learn.to_accum(...)` puts one in"
     if isa('HookCallback') and cb.every is not None and (self.unit,self.n_step)!=('n_step',1):
         return "it hooks the model for each micro-batch and unhooks it once a window; take `every=None`"
     if isa('GANDiscriminativeLR'): return "it raises learning rates for each micro-batch and lowers them once a window; take a `splitter` and `lr=slice(...)`"
@@ -359,9 +394,9 @@ def to_accum(self:Learner,
     n_step:int|Callable=1, # Micro-batches that make a step
     **kwargs
 ):
-    "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`"
+    "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`; it takes the place of another one, or of a `MicroBatch`"
     cb = AccumulateStep(n_step, **kwargs) # before the old one goes, as it may refuse
-    return self.detach_accum().add_cb(cb)
+    return self.remove_cb(Host).add_cb(cb)
 
 @patch
 def detach_accum(self:Learner):

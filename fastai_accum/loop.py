@@ -18,6 +18,7 @@ from .window import *
 from .split import again,even_cuts,part
 
 # %% ../nbs/11_loop.ipynb #ac33ccc0
+@with_arguments
 class Accumulator:
     "Make one step from the gradients of several micro-batches, as if they had been one batch, in a PyTorch loop of your own"
     def __init__(self,
@@ -66,7 +67,7 @@ class Accumulator:
     ):
         "Let the windows that open from now on be of `n`"
         check_size('n', n)
-        self.size = n
+        self.size = self.given[self.unit] = vars(self)[self.unit] = n
         self._prepare()
 
     @staticmethod
@@ -83,6 +84,20 @@ class Accumulator:
         cuts = even_cuts(n, bs)
         res = [[part(o, i, j, n, 'batch' if one else f'batch[{k}]', _split_cure) for k,o in enumerate(os)] for i,j in zip(cuts, cuts[1:])]
         return [o[0] if one else again(batch, o) for o in res]
+
+    def __repr__(self): return as_call(self, {k:v for k,v in self.given.items() if k not in ('model','opt','loss_func')})
+
+    def change(self, cls, name, v):
+        "Let argument `name` be `v` from now on, checked as when the accumulator is made"
+        if name in ('n_step','n_samples'): raise ValueError(f"`{name}`={v!r} is set later, when windows have a size: `acc.resize` changes it")
+        if self.win is not None: raise ValueError(f"`{name}` is set within a window: do it after a step, or after `acc.flush()`")
+        was,vars(self)[name] = vars(self)[name],v
+        try: self._check()
+        except ValueError:
+            vars(self)[name] = was
+            raise
+        self.given[name] = v
+        self._prepare()
 
     def __enter__(self):
         self._prepare()

@@ -70,17 +70,19 @@ class MicroBatchMethods(HostMethods):
             if event_name=='after_pred': passes.watch_loss(host.normalize)
 
 # %% ../nbs/10_microbatch.ipynb #1a88fed6
+@with_arguments
 class MicroBatch(Host):
     "Compute each batch in parts that fit in memory, and make one step from all of them"
     order,methods,per_fit = -100,MicroBatchMethods,dict(passes=None, threads=None, ends=(), low=(), known=None, reducer=None)
     win,passes,threads,ends = None,None,None,() # the window of the last batch; the passes of the current one; those in lock-step, with `sync_bn=True`; parameters to watch
     low,reducer = (),None # parameters in bfloat16 and float16; how gradients of several processes come together
+    derived,public = ('auto','sizes','run_valid'),('effective_bs',)
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
         bs:int|str='auto', # Samples in a micro-batch; 'auto' takes the whole batch, and splits it in 2, 3, 4, 6, 8, 12, ... parts until memory is enough
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
-        sync_bn:bool|str=False, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do
+        sync_bn:bool|str|None=None, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do; False: each micro-batch is normalized by itself; None: that too, with a warning
         offload:str|None='auto', # Where an accelerator's activations wait for the backward pass: 'cpu' in the host's memory, None on the device; 'auto': in the host's memory with `sync_bn=True`
         valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
         preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
@@ -90,7 +92,7 @@ class MicroBatch(Host):
     ):
         if bs!='auto': check_size('bs', bs, ", or 'auto'")
         check_normalize(normalize)
-        check_choice('sync_bn', sync_bn, (False,True,'stats'))
+        check_choice('sync_bn', sync_bn, (None,False,True,'stats'))
         check_choice('offload', offload, ('auto','cpu',None))
         check_choice('sync_loss', sync_loss, (False,True))
         if sync_loss and normalize!='auto': raise ValueError(f"`normalize`={normalize!r} beside `sync_loss`=True: there is one loss, of the whole batch, and nothing to weigh; leave out `normalize`")
@@ -101,15 +103,15 @@ class MicroBatch(Host):
         if pool and sync_loss: raise ValueError("`pool`=True and `sync_loss`=True: each process has one loss, in which nothing is weighed. Leave out `pool`; the loss itself can gather the outputs of all processes")
         check_choice('unsharded', unsharded, ('grads','all',None))
         store_attr()
-        self.auto,self.sizes,self.moments = bs=='auto',Sizes(),Moments()
+        self.auto,self.sizes,self.moments,self.in_order = bs=='auto',Sizes(),Moments(),InOrder(split)
         self.mixed = WarnMixed('the whole batch', '. With `sync_loss=True` one loss is computed for all')
         self.varied = set() # outputs by rows
-        self.valid = self.run_valid = ifnone(valid, self.auto)
+        self.run_valid = vars(self)['valid'] = ifnone(valid, self.auto)
 
     def before_fit(self):
         own = own_class(type(self.learn))._do_grad_opt
         if own is not Learner._do_grad_opt or '_do_grad_opt' in vars(self.learn):
-            raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {self} takes: use `AccumulateStep`")
+            raise ValueError(f"{type(self.learn).__name__} has its own `_do_grad_opt`, whose place {type(self).__name__} takes: use `AccumulateStep`")
         super().before_fit()
         self.warn_mixed(self.learn)
 
@@ -125,6 +127,10 @@ class MicroBatch(Host):
 
     def busy(self): return self.passes is not None
 
+    def check_change(self, name, v):
+        if self.fitting and (name!='bs' or v=='auto' or self.busy()):
+            raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `bs`, if it is a number, also between batches, as in `before_batch`")
+
     def forget(self, learn):
         if self.threads is not None: self.threads.end()
 
@@ -134,6 +140,7 @@ class MicroBatch(Host):
 
     def before_train(self):
         check_trainable(self.learn)
+        if not self.auto: self.hint('windows', split_hint(self.bs, loader_bs(self.learn.dl)))
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         self.reducer = reducer_of(self.model, self.unsharded)
@@ -142,7 +149,11 @@ class MicroBatch(Host):
         self.low = () if one else low_precision(self._params(self.learn))
         if self.auto and (why := self._apart()): raise ValueError(f"`bs`='auto' in one of several processes: {why}. Pass a number that fits")
 
-    def after_train(self): self.mixed.look(self.learn.loss_func)
+    def after_train(self):
+        self.mixed.look(self.learn.loss_func)
+        self.in_order.look()
+
+    def after_validate(self): self.in_order.look()
 
 # %% ../nbs/10_microbatch.ipynb #bdeace75
 @patch
@@ -151,9 +162,9 @@ def to_microbatch(self:Learner,
     bs:int|str='auto', # Samples in a micro-batch
     **kwargs
 ):
-    "Compute each batch in micro-batches in every fit from now on, with these arguments of `MicroBatch`"
+    "Compute each batch in micro-batches in every fit from now on, with these arguments of `MicroBatch`; it takes the place of another one, or of an `AccumulateStep`"
     cb = MicroBatch(bs, **kwargs) # before the old one goes, as it may refuse
-    return self.detach_microbatch().add_cb(cb)
+    return self.remove_cb(Host).add_cb(cb)
 
 @patch
 def detach_microbatch(self:Learner):
@@ -163,6 +174,11 @@ def detach_microbatch(self:Learner):
 # %% ../nbs/10_microbatch.ipynb #68db7be8
 @patch
 def _reduction(self:MicroBatch, learn): return 'mean' if not self.sync_loss and loss_reduction(plain_loss(learn), self.normalize)=='mean' else 'none' # sums stay sums, and so does one loss of all
+
+@patch(as_prop=True)
+def effective_bs(self:MicroBatch):
+    "Samples that a step is made from, in all processes together: those of the loader's batches; None if it does not tell"
+    return self.samples_in(1)
 
 @patch
 def _mods(self:MicroBatch, learn): return nn.ModuleList([learn.model, *loss_modules(plain_loss(learn))])
@@ -202,7 +218,7 @@ def _fit_in(self:MicroBatch, learn, one):
         undo() # and give memory back
         less = self.sizes.less(train, kind, n, bs)
         if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {less}")
-    if train: self.bs = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
+    if train: vars(self)['bs'] = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
 
 @patch
 def _attempt(self:MicroBatch, learn, one, xb, yb, n, bs):
@@ -267,7 +283,9 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
     but = None
     try:
         with self._norms(passes) as outs:
-            for i in range(len(passes.parts)): self._micro(learn, one, passes, i, outs)
+            for i in range(len(passes.parts)):
+                self._micro(learn, one, passes, i, outs)
+                if not self.win.last: passes.bar.show(i+1, len(passes.parts))
             passes.backward_all()
             self.win.note()
         self.check_differentiated(learn)
@@ -279,6 +297,7 @@ def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
         self.win.cancel()
         passes.sliced.back(but)
         if self.reducer: self.reducer.sync(True)
+        passes.bar.close()
         self.passes = None
     self._join_all(learn, passes)
 
@@ -290,7 +309,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     if sum(ns)!=n: raise ValueError(f"`split` returned parts of {ns} samples for a batch of {n}: each sample is to be in one of them")
     if len(ns)>1 and max(ns)>bs: raise ValueError(f"`split` returned parts of {ns} samples where `bs`={bs} were asked for: return parts of at most `bs` samples each")
     self.win = self._window(learn, yb, n, ns)
-    micro = [x for x,_ in parts],ns
+    micro,cut = ([x for x,_ in parts],ns),parts
     if self.sync_loss: parts,ns,bs = [(xb,self._whole_targets(yb, parts, ns))],[n],n # for all but the model, it is one
     passes = Passes(learn, parts, ns, self.win, self.depth)
     passes.micro = micro
@@ -298,6 +317,7 @@ def _split(self:MicroBatch, learn, xb, yb, n, bs):
     passes.sliced.add(learn, 'xb', xb, [x for x,_ in parts])
     passes.sliced.add(learn, 'yb', yb, [y for _,y in parts])
     self._slice_others(passes, xb, n, bs)
+    if self.split and (len(passes.sliced.items)>2 or self.preds or self._readers(False)): self.in_order.see((xb,yb), cut) # what else is by samples has their order in the batch
     return passes
 
 @patch
@@ -311,9 +331,9 @@ def _window(self:MicroBatch, learn, yb, n, ns):
     return win
 
 @patch
-def _readers(self:MicroBatch):
-    "Callbacks that may read the outputs of the whole batch"
-    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, self.preds is None)]
+def _readers(self:MicroBatch, unknown=None):
+    "Callbacks that may read the outputs of the whole batch, or are known to"
+    return [cb for cb in self.learn.cbs if reads_pred(cb, self.learn, ifnone(unknown, self.preds is None))]
 
 @patch
 def _micro(self:MicroBatch, learn, one, passes, i, outs):
@@ -329,7 +349,7 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
         with self._saved(passes),answering(learn.model, outs[i], learn.xb) if outs else nullcontext(): one()
     finally: passes.unwatch()
     if learn.training and len(learn.yb) and win.asked is None:
-        raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {self} can't wait with its step: "
+        raise ValueError(f"{type(learn).__name__} has its own `_do_one_batch`, which does not call `_do_grad_opt`, so {type(self).__name__} can't wait with its step: "
                          "use `AccumulateStep`")
     passes.note(learn, None if learn.training else self.normalize)
     learn.pred = _NotKept # the next micro-batch has the memory
@@ -417,6 +437,7 @@ def _norms(self:MicroBatch, passes):
     inner = model.module if self._ddp else model
     xs,ns = passes.micro
     norms = self.sync_bn if batch_norms(inner) else False
+    if norms is None and len(xs)>1 and learn.training: self.hint('norms', own_statistics(inner, loader=''))
     if self.known is None: self.known = {}
     self.moments.drop()
     if len(xs)==1 and self.sync_loss: yield [partial(self._agreed, partial(model, *learn.xb))]
@@ -483,12 +504,13 @@ def _two_passes(self:MicroBatch, passes, norms):
         sliced.take(i)
         self.moments.micro()
         with self._saved(passes) if again else nullcontext(): yield
-        if not again: left.append([m.hidden for m in states])
+        if again: self.moments.forget() # what comes after it is recomputed in the backward pass
+        else: left.append([m.hidden for m in states])
     @contextmanager
     def around_all(again):
         if not again: left.clear()
         with norms_by([model], self.moments) if norms else nullcontext(): yield
-        self.moments.drop() if again else self.moments.flush()
+        if not again: self.moments.flush()
         for m,*hs in zip(states, *left): m.hidden,m.bs = nested(lambda *h: torch.cat(h, 1), *hs),sum(ns)
     return TwoPasses(model, xs, ns, around, around_all, self.known)
 
@@ -501,6 +523,7 @@ def _one_loss(self:MicroBatch, passes, all_passes):
         learn._backward()
         passes.win.f32.start() # a backward pass for each micro-batch
         all_passes.backward()
+        self.moments.flush(undone=True)
     passes.later = later
     return partial(self._agreed, all_passes.forward)
 
@@ -532,7 +555,7 @@ def _check_sharded(self:MicroBatch, kind):
     "A `ValueError` if a model that several processes share can't be computed in micro-batches"
     if (self.reducer is None or self.reducer.each) and not (self.pool or self.sync_loss) and self._wait():
         raise ValueError(f"the model is a {kind} in one of several processes, whose gradients are averaged in each backward pass, before it is known what the batch's losses weigh "
-                         f"together in {self}: take `fully_shard` and `unsharded`='grads', or `pool`=True; or leave out `normalize` and `split`, and the loss's `denominator`; for a loss of "
+                         f"together in {type(self).__name__}: take `fully_shard` and `unsharded`='grads', or `pool`=True; or leave out `normalize` and `split`, and the loss's `denominator`; for a loss of "
                          "your own that is a mean over samples, pass `normalize`='samples'")
     if self.sync_bn is True and batch_norms(self.model):
         raise ValueError(f"`sync_bn`=True: the model is a {kind}, whose parameters come and go with each forward pass, so several of them can't run side by side. Take `sync_bn='stats'`, "
@@ -566,7 +589,7 @@ def _apart(self:MicroBatch):
 def clash(self:MicroBatch, cb):
     "Why `cb` can't work beside this callback, None if it can"
     def isa(*names): return any(c.__name__ in names for c in type(cb).__mro__)
-    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({cb})` takes those out, `learn.to_microbatch(...)` puts one in"
+    if isa('AccumulateStep','MicroBatch','GradientAccumulation'): return f"one of them is enough; `learn.remove_cb({type(cb).__name__})` takes those out, `learn.to_microbatch(...)` puts one in"
     if isa('RNNRegularizer') and (cb.alpha or cb.beta) and self._reduction(self.learn)!='mean' and not self.sync_loss:
         return "it adds means to a loss that sums; take a loss with `reduction='mean'`"
     known = 'AWD_LSTM','WeightDropout','SentenceEncoder','SequentialRNN','DistributedDataParallel'

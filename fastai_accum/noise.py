@@ -7,7 +7,6 @@ __all__ = ['SuggestedBS', 'ratio_interval', 'NoiseScale']
 
 # %% ../nbs/13_noise.ipynb #cf945db6
 from copy import copy,deepcopy
-from inspect import signature
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
@@ -62,6 +61,7 @@ def ratio_interval(
     return np.where(w>0, ratio, np.nan),np.where(some, lower, 0),np.where(some, upper, np.inf)
 
 # %% ../nbs/13_noise.ipynb #8d80879a
+@explained
 class NoiseScale(Callback):
     "Track the gradient noise scale, in samples, of a run with `AccumulateStep` or `MicroBatch`"
     order,run_valid = -99,False # just after these
@@ -71,16 +71,18 @@ class NoiseScale(Callback):
         _check_beta(beta)
         self.beta,self.rows,self.metric = beta,[],ValueMetric(self._latest, 'noise_scale')
 
+    def __repr__(self): return as_call(self, dict(beta=self.beta))
+
     def before_fit(self):
         self.acc = first(cb for cb in self.learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch)))
         if self.acc is None:
-            raise ValueError(f"{self} compares gradients of micro-batches and of whole windows: "
+            raise ValueError(f"{type(self).__name__} compares gradients of micro-batches and of whole windows: "
                              "put it beside `AccumulateStep` or `MicroBatch`")
         if self.acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
-            raise ValueError(f"{self} beside {self.acc}(sync_bn=True): all micro-batches have one backward pass, "
+            raise ValueError(f"{type(self).__name__} beside {type(self.acc).__name__}(sync_bn=True): all micro-batches have one backward pass, "
                              "so the first one's gradient can't be seen. Take `sync_bn='stats'`")
         if getattr(self.acc, 'sync_loss', False):
-            raise ValueError(f"{self} beside {self.acc}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
+            raise ValueError(f"{type(self).__name__} beside {type(self.acc).__name__}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
                              "if the loss is a mean over samples")
         self.rows,self.win = [],None
 
@@ -164,19 +166,38 @@ def intervals(self:NoiseScale):
 @patch
 def _latest(self:NoiseScale): return self.values[-1] if self.rows else math.nan
 
+def _axis(ax):
+    if not (ax is None or hasattr(ax, 'fill_between')): raise ValueError(f"`ax`={ax!r}: pass an axis of matplotlib, as one of `plt.subplots()`, or None")
+    return plt.subplots()[1] if ax is None else ax
+
 @patch
 def plot(self:NoiseScale,
     ax=None # A matplotlib axis, None for a figure of its own
 ):
     "Draw the noise scale and its 95 % interval over steps"
-    if not (ax is None or hasattr(ax, 'fill_between')): raise ValueError(f"`ax`={ax!r}: pass an axis of matplotlib, as one of `plt.subplots()`, or None")
-    if ax is None: ax = plt.subplots()[1]
+    ax = _axis(ax)
     scale,lower,upper = self._estimates()
     shown = scale[np.isfinite(scale) & (scale>0)]
     if len(shown): ax.set_ylim(shown[-1]/20, shown[-1]*20)
     ax.fill_between(range_of(scale), lower, np.nan_to_num(upper, posinf=1e30), alpha=0.2, lw=0)
     ax.plot(scale)
     ax.set(xlabel='steps', ylabel='noise scale, samples', yscale='log')
+    return ax
+
+# %% ../nbs/13_noise.ipynb #be92ef5b
+@patch(as_prop=True)
+def norms(self:NoiseScale):
+    "The norm of the gradient of each step, before it is clipped; of gradients that are sums, that of their mean over samples"
+    return torch.cat(self.rows)[:,0].sqrt().cpu().double().numpy() if self.rows else np.zeros(0)
+
+@patch
+def plot_norms(self:NoiseScale,
+    ax=None # A matplotlib axis, None for a figure of its own
+):
+    "Draw the norm of the gradient over steps"
+    ax = _axis(ax)
+    ax.plot(self.norms)
+    ax.set(xlabel='steps', ylabel='norm of the gradient', yscale='log')
     return ax
 
 # %% ../nbs/13_noise.ipynb #da50f37f
@@ -212,9 +233,7 @@ def _accumulator(learn):
 def _free(acc):
     "`acc`, or one with its arguments if it has a window open"
     if not acc.busy(): return acc
-    args = {k:getattr(acc, k) for k in signature(type(acc)).parameters}
-    if getattr(acc, 'auto', False): args['bs'] = 'auto'
-    return type(acc)(**args)
+    return type(acc)(**acc.given)
 
 def _split_finer(acc, bs):
     "`acc`, or one that takes an eighth of a batch of `bs`, if all of that fits in a micro-batch of `acc`"
@@ -248,11 +267,11 @@ def bs_find(self:Learner,
     find = _BsFinder(noise, n_it, tol)
     with unchanged(self),self.no_logging():
         acc,aside = _accumulator(self),(NoiseScale,AccumulateStep,MicroBatch,CSVLogger) # the last would start its file anew
-        self.cbs = L(cb for cb in self.cbs if not isinstance(cb, aside))
+        acc.quiet,self.cbs = True,L(cb for cb in self.cbs if not isinstance(cb, aside))
         self.fit(n_it*n_proc//len(self.dls.train) + 1, lr=lr, cbs=[acc,noise,find])
     scale,lower,upper = noise._estimates()[:,-1] if noise.rows else [math.nan]*3
     if math.isnan(scale):
-        raise ValueError(f"{len(noise.values)} steps with {acc} had no two finite gradients to compare: "
+        raise ValueError(f"{len(noise.values)} steps with {type(acc).__name__} had no two finite gradients to compare: "
                          "pass a larger `n_it`, or a smaller `lr`")
     if not find.narrow:
         warn(f"after {len(noise.values)} steps the noise scale is between {lower:.3g} and {upper:.3g} samples, "

@@ -24,7 +24,7 @@ class Passes:
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *pass_events),Sliced(),None,[]
         self.watched,self.c,self.jointly = False,None,False # in validation: is the loss computed with a graph; what it showed. Are forward passes in lock-step?
         self.all_counted,self.seen,self.hidden = True,[],[] # losses with what they divide by; hidden states
-        self.versions = [self._version(yb) for _,yb in parts]
+        self.versions,self.bar = [self._version(yb) for _,yb in parts],WindowBar(learn)
 
     @staticmethod
     def _version(yb): return [t._version for t in yb if isinstance(t, Tensor) and not t.is_inference()]

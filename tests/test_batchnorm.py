@@ -812,6 +812,15 @@ def test_checkpoint(reentrant):
     small.model.norm = False
     goes_on(small)
 
+@pytest.mark.parametrize('acc', (exact, partial(exact, sync_loss=True)), ids=('', 'sync_loss'))
+@pytest.mark.parametrize('n', (1,2), ids=('alone','last'))
+def test_checkpoint_has_no_need_of_norm(n, acc):
+    "A BatchNorm that checkpointing would not come to again, as nothing after it was saved, is refused too: in the whole batch its running statistics move twice"
+    small = one(acc(), model=lambda: Wrap(conv(3, 6), Part(nn.Sequential(conv(6, 6), nn.BatchNorm2d(6))[2-n:], False), *pooled(6)))
+    with deadline(), pytest.raises(RuntimeError, match="BatchNorm is called outside.*gradient checkpointing"): run(small, fit)
+    assert not small.trace.steps
+    clean(small)
+
 @pytest.mark.parametrize('reentrant', (False,True))
 def test_checkpoint_and_masks(reentrant):
     "What is computed again draws what it drew before, so that checkpointing changes nothing"
@@ -1392,16 +1401,23 @@ def test_stats_by_samples():
     for k in ('running_mean','running_var','num_batches_tracked'):
         for s,t in zip(buffers(large, f'net.0.{k}'), buffers(small, f'net.0.{k}')): assert rel(s, t)<=1e-12
 
-def test_stats_and_checkpoint():
+@pytest.mark.parametrize('reentrant', (False,True))
+@pytest.mark.parametrize('mid,momentum', ((lambda n: n, 0.1), (lambda n: n, None), (lambda n: nn.Sequential(n, nn.ReLU(), conv(3, 3)), None)), ids=('alone','alone, cumulative','first, cumulative'))
+def test_stats_and_checkpoint(mid, momentum, reentrant):
     "As the error for exact BatchNorm says, this can be had; layers that are computed again move twice, as they do for whole batches"
-    def model(): return Wrap(conv(3, 3), Part(BN(3)), conv(3, 6), BN(6), *pooled(6))
-    large,plain,small = (run(one(acc, model=model), lambda l: l.fit(2, 0.)) for acc in (None,MicroBatch(3),stats()))
-    for s,t in zip(plain.trace.steps, small.trace.steps): assert torch.equal(s['weights'], t['weights'])
-    for k in ('running_mean','running_var','num_batches_tracked'):
-        for s,t in zip(buffers(large, f'net.1.m.{k}'), buffers(small, f'net.1.m.{k}')): assert rel(s, t)<=1e-12, k
+    def model(): return Wrap(conv(3, 3), Part(mid(BN(3, momentum=momentum)), reentrant), conv(3, 6), BN(6), *pooled(6))
+    def go(acc, bs=BS): return run(one(acc, n=24, bs=bs, data=images(24), model=model), lambda l: l.fit(1, 0.))
+    def moved(l): return [[b for n,b in zip((n for n,_ in l.model.named_buffers()), bs) if n.startswith('net.1.')] for bs in l.seen.bufs]
+    large,plain,micro,loss = map(go, (None,MicroBatch(3),stats(),stats(sync_loss=True)))
+    for s,t in zip(plain.trace.steps, micro.trace.steps): assert torch.equal(s['weights'], t['weights'])
+    assert int(moved(large)[-1][2])==2*len(large.trace.steps)
+    for o in (micro,loss):
+        for s,t in zip(moved(large), moved(o)): assert all(rel(a, b)<=1e-12 for a,b in zip(s, t))
+    window = go(AccumulateStep(2, sync_bn='stats'), BS//2)
+    assert all(rel(a, b)<=1e-12 for a,b in zip(moved(large)[-1], moved(window)[-1]))
 class Part(nn.Module):
-    def __init__(self, m): super().__init__(); self.m = m
-    def forward(self, x): return checkpoint(self.m, x, use_reentrant=True)
+    def __init__(self, m, reentrant=True): super().__init__(); self.m,self.reentrant = m,reentrant
+    def forward(self, x): return checkpoint(self.m, x, use_reentrant=self.reentrant)
 
 @pytest.mark.parametrize('acc', (stats, lambda: AccumulateStep(2, sync_bn='stats')), ids=('MicroBatch','AccumulateStep'))
 @pytest.mark.parametrize('exc', (Boom,KeyboardInterrupt,CancelBatchException,CancelTrainException,CancelFitException))

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 from common import *
 from processes import *
+from fastai_accum.skipnan import SkipNaN
 
 BS,N_STEP = 4,4
 W = torch.tensor([0.1,1,7], dtype=torch.float64)
@@ -27,6 +28,16 @@ class Seen(Callback):
         if event_name!=self.event or not self.training or (self.epoch, len(self.ids[-1])-1) not in self.at or rank_distrib() not in self.ranks: return
         if event_name!='after_backward': self.ids[-1][-1] = []
         raise self.exc
+
+class Spoils(Seen):
+    "Make losses nan instead, which `SkipNaN` leaves out"
+    def before_fit(self):
+        super().before_fit()
+        if not hasattr(self.learn, 'skip_nan'): self.learn.add_cb(SkipNaN())
+        self.skip_nan.before_fit()
+    def after_loss(self):
+        if (self.epoch, len(self.ids[-1])-1) not in self.at or rank_distrib() not in self.ranks: return
+        self.ids[-1][-1],self.learn.loss_grad = [],self.loss_grad*math.nan
 
 class Comm(Callback):
     "Numbers in every all-reduce: with this hook DDP's own go through `torch.distributed.all_reduce` too"
@@ -94,6 +105,8 @@ CASES.update({
     'last backward cancelled':unequal(seen=stop('before_backward', CancelBackwardException, (0,3),(1,7))),
     'micro-batch cancelled on one rank':unequal(seen=stop('after_loss', CancelBatchException, (0,1),(0,4),(1,2), ranks=[0])),
     'window cancelled on one rank':unequal(seen=stop('after_loss', CancelBatchException, (0,0),(0,1),(0,2),(0,3),(1,8),(1,9), ranks=[1])),
+    'nan on one rank':unequal(seen=partial(Spoils, at=((0,1),(0,3),(1,2),(1,7)), ranks=[1])),
+    'windows of nan on one rank':unequal(seen=partial(Spoils, at=((0,0),(0,1),(0,2),(0,3),(1,8),(1,9)), ranks=[0])),
     'one rank ends early, with buffers':case(n=71, dl=EndsEarly, model=Buffered),
     'last micro-batch cancelled before forward on one rank, with buffers':unequal(seen=stop('before_batch', CancelBatchException, (0,3),(1,7), ranks=[1]), model=Buffered),
     'class weights':case(n=73, loss=WEIGHTED),
@@ -113,6 +126,7 @@ class Finder(LRFinder):
 
 OTHERS = {'fastai':case(n=64, acc=partial(GradientAccumulation, N_STEP*BS)),
           'lr_find':case(n=73, dtype=torch.float32, fit=lambda l: l.fit(1, cbs=Finder(num_it=30, stop_div=False))),
+          'nan everywhere':unequal(seen=partial(Spoils, at=((0,4),(0,5),(0,6),(0,7)))),
           'lr_find diverges':case(n=73, dtype=torch.float32, fit=lambda l: l.fit(1, cbs=Finder(end_lr=1e4, num_it=30)))}
 
 def make(c, acc=None, loss=None, **kwargs):
@@ -197,5 +211,11 @@ def test_padding(two):
     "What the shards of 73 samples hold: 37 each, one sample twice"
     seen = [Counter(sum(r['ids'][0], [])) for r in two('padded shard sgd')]
     assert [sum(s.values()) for s in seen]==[37,37] and sorted((seen[0]+seen[1]).values())==[1]*72+[2]
+
+def test_nan_everywhere(two):
+    "A window of which nothing is left in any process makes no step, and is recorded as the one before"
+    for r in two('nan everywhere'):
+        w,losses = [s['weights'] for s in r['steps']],[b['loss'] for b in r['batches']]
+        assert (w[0]==w[1]).all() and (w[1]!=w[2]).any() and losses[0]==losses[1]!=losses[2] and len(losses)==6
 
 if __name__=='__main__': work_on({**CASES, **OTHERS}, work)

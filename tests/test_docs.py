@@ -78,6 +78,37 @@ def test_plain_pages():
     pytest.importorskip('nbconvert')
     from docs import body,front
     assert front('---\ntitle: a\n---\n\nb')==({'title':'a'}, 'b') and front('b')==({}, 'b')
-    html,heads = body('<h2>Go on<a class="anchor-link" href="#Go-on">¶</a></h2><h2>Go on</h2><a href="a.ipynb#go-on"></a><a href="https://x.org/a.ipynb"></a><table></table>', {'a.ipynb':'b.html'})
+    html,heads,text = body('<p>before</p><h2>Go on<a class="anchor-link" href="#Go-on">¶</a></h2>what\n<b>comes</b><h2>Go on</h2><a href="a.ipynb#go-on"></a><a href="https://x.org/a.ipynb"></a><table></table>', {'a.ipynb':'b.html'})
     assert heads==[('h2','go-on','Go on'), ('h2','go-on-1','Go on')]
-    assert all(o in html for o in ('<h2 id="go-on">', '<h2 id="go-on-1">', '"b.html#go-on"', '"https://x.org/a.ipynb"', '<div class="wide"><table>')) and '¶' not in html
+    assert all(o in html for o in ('<h2 id="go-on">', '<h2 id="go-on-1">', '"b.html#go-on"', '"https://x.org/a.ipynb"', '<div class="wide" tabindex="0"><table>')) and '¶' not in html
+    assert text==[('', '', 'before'), ('go-on', 'Go on', 'what comes'), ('go-on-1', 'Go on', '')]
+
+def test_coloured():
+    "Differences are marked in the tables of tools/tables.py, and numbers in no other"
+    pytest.importorskip('nbconvert')
+    from docs import body
+    def row(*tds): return f"<table>{''.join(f'<td>{o}</td>' for o in tds)}</table>"
+    html = body(f"<!-- summary -->{row('4e-17', '0.07', '0', '1×', '48×', '-', '12 ms (1.1)')}<!-- /summary -->{row('0.5')}", {})[0]
+    assert [re.search(f'<td( class="(exact|wrong)")?>{re.escape(o)}</td>', html)[2] for o in ('4e-17', '0.07', '0', '1×', '48×', '-', '12 ms (1.1)', '0.5')]==['exact','wrong','exact','exact','wrong',None,None,None]
+
+def test_badges(tmp_path):
+    "With a repository each tutorial has a badge and an installation for Colab, once, and without one it has neither"
+    from badges import main
+    (tmp_path/'nbs').mkdir()
+    olds = {f.name:read_nb(f).cells for f in (root/'nbs').glob('tutorial_*.ipynb')}
+    assert len(olds)>10
+    for f in olds: shutil.copy(root/'nbs'/f, tmp_path/'nbs')
+    def cells(repo):
+        (tmp_path/'settings.ini').write_text(f'[DEFAULT]\nrepository = {repo}\n')
+        main(tmp_path)
+        return {f:read_nb(tmp_path/'nbs'/f).cells for f in olds}
+    repo = 'https://github.com/someone/accum'
+    first,again = cells(repo),cells(repo)
+    for f,cs in first.items():
+        assert cs[1].source.endswith(f'(https://colab.research.google.com/github/someone/accum/blob/main/nbs/{f})')
+        assert cs[2].source=='#| hide\n#| eval: false\n! [ -e /content ] && pip install -Uqq git+'+repo and cs[2].cell_type=='code'
+        assert len({c.id for c in cs})==len(cs) and [c.source for c in cs]==[c.source for c in again[f]]
+    bare = cells('')
+    assert not any('colab' in c.source for cs in bare.values() for c in cs)
+    assert all(len(first[f])==len(bare[f])+2 for f in olds)
+    with pytest.raises(SystemExit, match='Colab opens https://github.com/OWNER/NAME only'): cells('https://gitlab.com/someone/accum')

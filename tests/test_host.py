@@ -1,9 +1,11 @@
 "Nothing of ours makes the host wait for the device, and what fastai's own callback gets wrong stays visible"
 import pytest
 from collections import Counter
+from copy import deepcopy
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.callback.training import GradientAccumulation
 from common import *
+from fastai_accum.hosts import WindowBar
 
 WAITS = '_local_scalar_dense is_nonzero nonzero equal unique _unique2 masked_select item'.split()
 
@@ -46,6 +48,21 @@ def test_waits_are_seen():
     learn.remove_cb(Trace)
     run(learn, lambda l: l.fit(1, 0.01))
     assert learn.quiet.mode.n['_local_scalar_dense']==1+16
+
+def test_bar_of_a_window_waits_for_nothing(monkeypatch):
+    "What it shows while the window runs is counted by the host"
+    monkeypatch.setattr(WindowBar, 'wait', 0.)
+    def waits(acc, bs, cb):
+        learn = learner(61, bs, acc, dtype=torch.float32, cbs=Quiet()).add_cb(cb)
+        learn.remove_cb(Trace)
+        run(learn, lambda l: l.fit(1, 0.01))
+        return learn.quiet.mode.n.total()
+    for acc,bs in ((AccumulateStep(4),4),(MicroBatch(4),16)):
+        class Reads(Callback):
+            order = 60
+            def after_batch(self): self.smooth_loss.item() # as the bar does once a window
+        def once(cb): return waits(deepcopy(acc), bs, cb)
+        assert once(ProgressCallback())==once(Reads())
 
 @pytest.mark.parametrize('n,epochs,off', ((64,1,False), (62,1,True), (72,1,True), (73,1,True), (72,2,True)))
 def test_what_fastai_gets_wrong(n, epochs, off):

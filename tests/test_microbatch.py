@@ -580,6 +580,24 @@ def test_state_in_events():
             for s in mine: assert 4<=len(s[2][0])<=5 and rel(F.cross_entropy(s[4], *s[3]), s[5])<=1e-12
         assert not parts
 
+def by_index(order):
+    "A function that splits by the places of samples"
+    def split(xb, yb, bs): return [(tuple(x[i] for x in xb),tuple(y[i] for y in yb)) for i in order(len(xb[0])).split(bs)]
+    return split
+
+def backwards(xb, yb, bs): return [(tuple(x[i:i+bs] for x in xb),tuple(y[i:i+bs] for y in yb)) for i in reversed(range(0, len(xb[0]), bs))]
+
+@pytest.mark.parametrize('split', (by_index(lambda n: torch.arange(n).flip(0)), backwards), ids=('copies','slices'))
+@pytest.mark.parametrize('kwargs', (dict(), dict(sync_loss=True)), ids=('plain','sync_loss'))
+def test_split_in_another_order(split, kwargs):
+    "Weights are those of the batch; predictions and partners of `MixUp` would be those of other samples"
+    micro = mb(5, split=split, valid=True, **kwargs)
+    same(*pair(micro, n=41))
+    learn = learner(41, 16, micro(), dtype=f32, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    for f in (learn.get_preds, learn.validate, lambda: learn.fit(1, 0.1, cbs=MixUp())):
+        with pytest.raises(ValueError, match='in another order'): f()
+    same(*pair(mb(5, split=by_index(torch.arange), valid=True, preds=True, **kwargs), n=41))
+
 def test_training_without_targets():
     "As in plain training, there is no loss, no gradient and no step"
     large,small = pair(mb(5), n=41, cbs=lambda: [To(None, lambda y: ()), Spy('after_batch'), Passes()])

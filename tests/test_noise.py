@@ -274,6 +274,30 @@ def test_column():
     assert rel([v[3] for v in learn.recorder.values], noise.values[[3,7,11]]) <= 1e-9
     assert len(noise.values)==len(learn.recorder.losses)
 
+@pytest.mark.parametrize('acc,bs,cbs', ((AccumulateStep(4),4,[]), (AccumulateStep(4),4,[GradientClip(0.01)]), (AccumulateStep(4),4,[Mixed(full=True)]), (MicroBatch(5),16,[]), (AccumulateStep(1),16,[])), ids=str)
+@pytest.mark.parametrize('loss', (CE,nn.CrossEntropyLoss(W),IGNORE), ids=('plain','weights','ignored'))
+def test_norms(acc, bs, cbs, loss):
+    "They are those of the large batch, before its gradients are clipped"
+    class Norms(Callback):
+        order = 9
+        def before_fit(self): self.all = []
+        def before_step(self): self.all.append(flat(p.grad for p in self.model.parameters()).norm())
+    def fit(l): l.fit(2, 0.05)
+    large,small = learner(61, 16, cbs=[Norms(),*(cb for cb in deepcopy(cbs) if not isinstance(cb, Mixed))], loss_func=loss),measured(deepcopy(acc), bs=bs, cbs=deepcopy(cbs), loss_func=loss, fit=fit)
+    run(large, fit)
+    assert len(small.noise_scale.norms)==8 and rel(large.norms.all, small.noise_scale.norms)<1e-12
+    line, = small.noise_scale.plot_norms().get_lines()
+    assert rel(line.get_ydata(), large.norms.all)<1e-12
+    plt.close('all')
+
+def test_norms_of_nothing():
+    "There are none before the first fit's first step; of sums that are not normalized, it is that of the mean over samples"
+    noise = NoiseScale()
+    assert len(noise.norms)==0
+    a,b = (measured(AccumulateStep(4, normalize=n), loss_func=l) for n,l in (('auto',CE),('none',SUM)))
+    assert rel(a.noise_scale.norms, b.noise_scale.norms)<1e-12
+    with pytest.raises(ValueError, match="`ax`='x': pass an axis"): a.noise_scale.plot_norms('x')
+
 def test_windows_of_one():
     "They tell nothing"
     learn = measured(AccumulateStep(1))

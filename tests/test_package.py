@@ -122,7 +122,7 @@ def test_fastai_is_recent(v, versions):
     end,err = versions[FASTAI_IS.format(v)]
     assert not end, err
 
-NAMES = 'AccumulateOptimizer AccumulateStep MicroBatch NoiseScale AccumulationCheck counts_elements'.split()
+NAMES = 'AccumulateOptimizer AccumulateStep MicroBatch NoiseScale SkipNaN AccumulationCheck counts_elements'.split()
 SAME = f"import fastai_accum as f; assert f.__all__=={NAMES} and all(k in vars(f) for k in f.__all__) and '__getattr__' not in vars(f)"
 ROOMS = "import fastai_accum,sys; assert 'fastai_accum.fastai1' not in sys.modules and 'fastai_accum.accumulate' in sys.modules"
 

@@ -7,7 +7,11 @@ from processes import *
 try: from torch.distributed.fsdp import CPUOffloadPolicy,MixedPrecisionPolicy,fully_shard
 except ImportError: pytest.skip('torch without `fully_shard`', allow_module_level=True)
 from fastai_accum.loop import Accumulator
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType,FullyShardedDataParallelPlugin
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 BS,N_STEP,MICRO = 4,4,5
 N = 40 # samples of a process in an epoch: two windows and a half
@@ -28,6 +32,10 @@ def two_means(pred, targ): return F.cross_entropy(pred, targ, ignore_index=0)+pr
 def split(xb, yb, bs): return [(tuple(x[i:i+bs] for x in xb),tuple(y[i:i+bs] for y in yb)) for i in range(0, len(xb[0]), bs)]
 def counted(learn): return W[learn.y].sum()
 def norm(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+class Recomputed(nn.Sequential):
+    "Its first layers are gathered once more in the backward pass"
+    def forward(self, x): return self[2](checkpoint(lambda x: self[1](self[0](x)), x, use_reentrant=False))
+def recomputed(): return Recomputed(*net())
 def whole(m, **kw): fully_shard(m, **kw)
 def ddp(m): return nn.parallel.DistributedDataParallel(m)
 def nested(m, **kw):
@@ -48,6 +56,25 @@ def factors(m):
     m[0].set_gradient_divide_factor(3.)
 def mixed(m): nested(m, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
 def mixed_low(m): nested(m, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+@contextlib.contextmanager
+def plugin():
+    "accelerate's plugin for `fully_shard`, and a function that puts it in force, as it is on GPUs: on a CPU, accelerate leaves it out and takes `DistributedDataParallel`"
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    def force(accelerator):
+        assert accelerator.distributed_type==DistributedType.MULTI_CPU and not accelerator.is_fsdp2
+        accelerator.state.distributed_type,accelerator.state.fsdp_plugin = DistributedType.FSDP,plugin
+    try: yield plugin,force
+    finally:
+        os.environ.pop('ACCELERATE_USE_FSDP', None)
+        AcceleratorState._reset_state(True)
+def prepared(m):
+    with plugin() as (p,force):
+        force(a := Accelerator(cpu=True, fsdp_plugin=p))
+        a.prepare(m, torch.optim.SGD(m.parameters(), lr=1.))
+def in_distrib_ctx(learn, c):
+    with plugin() as (p,force),learn.distrib_ctx(sync_bn=False, cpu=True, fsdp_plugin=p):
+        force(learn.distributed_trainer.accelerator)
+        learn.fit(1, 0.05)
 def tensor_parallel(m):
     from torch.distributed.tensor.parallel import ColwiseParallel,RowwiseParallel,parallelize_module
     parallelize_module(m, init_device_mesh('cpu', (2,)), {'0':ColwiseParallel(),'2':RowwiseParallel()})
@@ -185,9 +212,10 @@ def clip(): return [GradientClip(0.1)]
 UNSHARDED = {f'{k} unsharded':partial(STEP, unsharded=k) for k in ('all',None)}
 SAME = {**{opt:case(opt=opt) for opt in ('sgd','adam','adamw')},
     **{k:case(acc) for k,acc in UNSHARDED.items()},
-    'one unit':case(shard=whole),
+    'one unit':case(shard=whole), 'prepared by accelerate':case(shard=prepared), 'prepared by accelerate, micro':micro(shard=prepared),
     'n_samples':case(partial(AccumulateStep, n_samples=BS*N_STEP)),
     'clip':case(cbs=clip, opt='adamw'),
+    **{f'checkpointed{u}':case(partial(STEP, **kw), model=recomputed) for u,kw in {'':{}, ', all unsharded':dict(unsharded='all'), ', None unsharded':dict(unsharded=None)}.items()}, 'micro checkpointed':micro(model=recomputed),
     'window of one':case(partial(AccumulateStep, 1), size=BS),
     'divide factor':case(shard=factor),
     'class weights':case(loss=partial(nn.CrossEntropyLoss, W)),
@@ -221,13 +249,14 @@ LOCAL = {'ignored targets':local(partial(MicroBatch, MICRO)), 'ignored targets, 
     'normalize':local(partial(MicroBatch, MICRO, normalize=counted), loss=partial(nn.CrossEntropyLoss, W), ignore=(0,0)), 'own':local(partial(MicroBatch, MICRO), loss=Own), 'unknown':local(partial(MicroBatch, MICRO), loss=Unknown),
     'split':local(partial(MicroBatch, MICRO, split=split)), 'samples':local(partial(MicroBatch, MICRO, normalize='samples', unsharded=None), loss=Unknown),
     'sync_loss':local(partial(MicroBatch, MICRO, sync_loss=True), loss=two_means, ignore=(0,0)), 'sync_loss, None':local(partial(MicroBatch, MICRO, sync_loss=True, unsharded=None), loss=two_means, ignore=(0,0)),
-    'sums':local(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'last backward cancelled':local(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16))}
+    'sums':local(partial(MicroBatch, MICRO), loss=partial(nn.CrossEntropyLoss, reduction='sum')), 'tensor parallel':local(partial(MicroBatch, MICRO), shard=tensor_parallel), 'last backward cancelled':local(partial(MicroBatch, MICRO), cbs=stop('before_backward', CancelBackwardException, 3), hides=range(12, 16))}
 def late(**kw): return micro(partial(MicroBatch, MICRO, unsharded=None, **kw.pop('acc', {})), **kw)
 REFUSED = {
     'normalize':(late(acc=dict(normalize=counted)),'before it is known what'), 'denominator':(late(loss=Own),'before it is known what'), 'unknown':(late(loss=Unknown),'before it is known what'), 'split':(late(acc=dict(split=split)),'before it is known what'),
     'exact BatchNorm':(micro(partial(SPLIT, sync_bn=True), model=norm),'come and go'), 'auto':(micro(MicroBatch),'only a `DistributedDataParallel` can wait'), 'auto pool':(micro(partial(MicroBatch, pool=True)),'only a `DistributedDataParallel` can wait|before it is known whether'),
     'late optimizer':(case(shard=late_opt),'call `reshard\\(\\)` of the model'), 'late optimizer, micro':(micro(shard=late_opt),'call `reshard\\(\\)`'), 'late optimizer, loop':(case(shard=late_opt, loop=loop),'call `reshard\\(\\)`'),
     'a part':(case(shard=part),'`2.weight` is not sharded'), 'micro a part':(micro(shard=part),'`2.weight` is not sharded'), 'loop a part':(case(shard=part, loop=loop),'`2.weight` is not sharded'), 'factors':(case(shard=factors),'different numbers'),
+    "accelerate's plugin in `distrib_ctx`":(case(shard=noop, loop=in_distrib_ctx),'a model and optimizer must be passed together'),
     'tensor parallel':(case(shard=tensor_parallel),'the model is a Sequential in one of several processes'), 'tensor parallel loop':(case(shard=tensor_parallel, loop=loop),'whose gradients nothing averages')}
 def held(): return [Held()]
 MIXED = {'mixed':case(shard=mixed, dtype=torch.float32, cbs=held), 'mixed None':case(UNSHARDED['None unsharded'], shard=mixed, dtype=torch.float32, cbs=held), 'mixed low':case(shard=mixed_low, dtype=torch.float32, cbs=held),

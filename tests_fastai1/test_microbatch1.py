@@ -64,6 +64,7 @@ def test_split():
     run_both(lambda l: l.fit(2, 0.1), large, small)
     assert_same_run(large, small)
     with pytest.raises(ValueError, match='`split` returned parts of'): learner(73, 16, partial(MicroBatch, bs=6, split=lambda xb,yb,bs: split(xb, yb, bs)[:-1])).fit(1)
+    with pytest.raises(ValueError, match='in another order'): learner(73, 16, partial(MicroBatch, bs=6, split=lambda xb,yb,bs: split(xb, yb, bs)[::-1])).fit(1)
     assert clean(small)
 
 config = dict(emb_sz=6, n_hid=7, n_layers=2)

@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 state() { cat nbs/*.ipynb nbs/*.qmd fastai_accum/*.py README.md | sha1sum; }
 before=$(state)
 nbdev-export
+python tools/badges.py
 nbdev-clean
 python tools/tables.py
 python tools/readme.py
