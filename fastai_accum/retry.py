@@ -84,6 +84,7 @@ def set_aside(
 # %% ../nbs/05_retry.ipynb #d8c9f0f1
 class Sizes(dict):
     "The sizes of micro-batches that did not exceed memory, by kind of pass and kind of input"
+    def __init__(self): self.away = set() # kinds of which, in training, one sample is too much
     def limit(self,
         train:bool, # In training, or in validation?
         kind:int # How large a sample is: what does not fit will not in a larger kind
@@ -98,6 +99,13 @@ class Sizes(dict):
         parts,most = (k for i in itertools.count() for k in (2<<i,3<<i)),math.ceil(n/math.ceil(n/bs)) # as parts are nearly equal
         self[train,kind] = res = next(size for k in parts if (size := math.ceil(n/k))<max(most, 2))
         return res
+    def offload(self, kind):
+        "One sample was too many in training: go on with one, and what it saves in the host's memory"
+        self.away.add(kind)
+        self[True,kind] = 1
+    def offloads(self, kind)->bool:
+        "Is what one sample saves to go to the host's memory?"
+        return any(k<=kind for k in self.away)
 
 def size_kind(
     xb, # Inputs of a batch
