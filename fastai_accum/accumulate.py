@@ -59,20 +59,26 @@ micro_events = ('before_batch','after_pred','after_loss','before_backward','afte
 class AccumulateStep(Host):
     "Make one step from the gradients of several micro-batches, as if they had been one batch"
     order,methods,public = -100,AccumulateMethods,('effective_bs',) # the first to hear of a fit
-    per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=())
+    per_fit = dict(win=None, accum_opt=None, part=None, at=None, kept=(), follow=None)
     win,accum_opt,part = None,None,None # the open window; the optimizer that waits for its end; the training part of an epoch
-    units = 'n_step','n_samples' # arguments that say how large a window is
-    at,kept = None,() # this epoch and how many there are; gradients of other windows
+    units = 'n_step','n_samples','n_targets' # arguments that say how large a window is
+    at,kept,follow = None,(),None # this epoch and how many there are; gradients of other windows; what makes windows follow the noise scale
     def __init__(self,
-        n_step:int|Callable|None=None, # Micro-batches that make a step, or a function of training progress (0 to 1) such as `SchedLin(1, 8)`; None: one, with a warning if there is no `n_samples` either
+        n_step:int|Callable|str|None=None, # Micro-batches that make a step, a function of training progress (0 to 1) such as `SchedLin(1, 8)`, or 'noise', to follow the `NoiseScale` beside it; None: one, with a warning if there is no `n_samples` either
         n_samples:int|Callable|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover:str='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step' (a smaller one), 'drop' (as a loader of the large batch with `drop_last=True`) or 'carry' (to the next epoch)
         sync_bn:bool|str|None=None, # 'stats': BatchNorm's running statistics move once a window, by the moments of all of it; False: each micro-batch is normalized by itself; None: that too, with a warning
         sync_loss:bool=False, # Refused: only `MicroBatch` can have a loss that sees the whole batch
-        unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
+        unsharded:str|None='grads', # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
+        n_targets:int|Callable|None=None, # Targets that count which make a step (at least), such as tokens, instead of `n_step`; the host waits for their number
+        max_n_step:int=64, # With `n_step='noise'`, micro-batches at most
+        lr_rule:str|None=None # With `n_step='noise'`, learning rates grow with the window: 'linear', 'sqrt', or None, by which they do not
     ):
-        self.unit = check_args(ifnone(n_step, 1), n_samples, normalize, leftover)
+        self.unit = check_args(ifnone(n_step, 1), n_samples, normalize, leftover, n_targets, ('noise',))
+        check_number('max_n_step', max_n_step, 'an integer of 2 or more', lambda v: isinstance(v, int) and v>=2)
+        check_choice('lr_rule', lr_rule, (None,'linear','sqrt'))
+        if lr_rule and n_step!='noise': raise ValueError(f"`lr_rule`={lr_rule!r} and `n_step`={n_step!r}: it is for windows that follow the noise scale; pass `n_step`='noise', or leave it out")
         if sync_bn is True:
             raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
         check_choice('sync_bn', sync_bn, (None,False,'stats'))
@@ -91,6 +97,7 @@ class AccumulateStep(Host):
 
     def check_fit(self):
         super().check_fit()
+        if self.n_step=='noise': self._noise_beside(self.learn)
         if self.leftover=='drop' and self._n_win(self.dls.train)==0 < len(self.dls.train):
             raise ValueError(f"`leftover`='drop' and `{self.unit}`={self._size(0)}: the {len(self.dls.train)} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
@@ -124,18 +131,25 @@ class AccumulateStep(Host):
 def _reduction(self:AccumulateStep, learn): return loss_reduction(plain_loss(learn), self.normalize)
 
 @patch
-def _size(self:AccumulateStep, pct): return window_size(self.unit, getattr(self, self.unit), pct)
+def _size(self:AccumulateStep, pct): return window_size(self.unit, self._wanted, pct)
+
+@patch(as_prop=True)
+def _wanted(self:AccumulateStep):
+    "What says how large a window is: a number, or a function of training progress"
+    n = getattr(self, self.unit)
+    if n!='noise': return n
+    return lambda pct: 2 if self.follow is None else self.follow.n
 
 @patch
 def _micros(self:AccumulateStep, dl, pct):
     "Micro-batches of `dl` that a window takes at `pct` of training, None if `dl` does not tell"
-    bs = 1 if self.unit=='n_step' else loader_bs(dl)
+    bs = 1 if self.unit=='n_step' else None if self.unit=='n_targets' else loader_bs(dl)
     return math.ceil(self._size(pct)/bs) if bs else None
 
 @patch
 def _n_micro(self:AccumulateStep, dl):
     "Micro-batches of `dl` in a window, None if that can't be known beforehand"
-    if self.leftover!='carry' and not callable(getattr(self, self.unit)): return self._micros(dl, 0)
+    if self.leftover!='carry' and not callable(self._wanted): return self._micros(dl, 0)
 
 @patch
 def _n_win(self:AccumulateStep, dl):
@@ -150,7 +164,7 @@ def _n_win(self:AccumulateStep, dl):
 @patch(as_prop=True)
 def effective_bs(self:AccumulateStep):
     "Samples that a step is made from, in all processes together; None where that can't be known: windows that grow, a loader that does not tell its batch size"
-    if self.learn is None or callable(getattr(self, self.unit)): return None
+    if self.learn is None or callable(self._wanted): return None
     k = self._micros(self.learn.dls.train, 0)
     return k and self.samples_in(k, self.leftover=='carry')
 
@@ -161,7 +175,7 @@ def reducer(self:AccumulateStep): return self.part and self.part.reducer
 def _hints(self:AccumulateStep, learn):
     "Warn of windows that were hardly meant, and of BatchNorms"
     n = self.given[self.unit]
-    if not callable(n): self.hint('windows', window_hint(self.unit, n, loader_bs(learn.dl), len(learn.dl), self.leftover))
+    if not callable(self._wanted) and self.unit!='n_targets': self.hint('windows', window_hint(self.unit, n, loader_bs(learn.dl), len(learn.dl), self.leftover))
     if self.sync_bn is None and [self._micros(learn.dl, pct) for pct in (0.,1.)]!=[1,1]: self.hint('norms', own_statistics(learn.model))
 
 # %% ../nbs/09_accumulate.ipynb #af565463
@@ -203,7 +217,7 @@ def _batch(self:AccumulateStep, learn, f):
             raise ValueError(f"{type(learn).__name__} makes its backward pass without telling callbacks, so {type(self).__name__} can't weigh its loss: let it call "
                              "`self._with_events(self._backward, 'backward', CancelBackwardException)`, as fastai does")
     if win.last: self._end(learn)
-    else: self.part.bar.show(win.begun, max(win.begun+1, round(win.expect*win.begun/win.seen)))
+    else: self.part.bar.show(win.begun, max(win.begun+1, round(win.expect*win.begun/max(win.seen, 1))))
 
 @patch
 def _end(self:AccumulateStep, learn):
@@ -212,6 +226,7 @@ def _end(self:AccumulateStep, learn):
     self.part.bar.close()
     self.part.i_win += 1
     learn('after_batch')
+    if self.follow is not None: self.follow.put_lr_back()
 
 @patch
 def _drops(self:AccumulateStep, learn, bs):
@@ -228,10 +243,11 @@ def _begin(self:AccumulateStep, learn, bs):
     self.moments.micro()
     if learn.opt is not self.accum_opt: self.accum_opt = learn.opt = AccumulateOptimizer(learn.opt, on_wait=self._on_wait)
     self.accum_opt.open = True
-    if self.win is None: self._open(learn, i, bs)
+    n = self._filled_by(learn, bs)
+    if self.win is None: self._open(learn, i, n or 1, bs)
     if i==part.n_dl and part.early:
         warn(f"the dataloader gave more than the {i} micro-batches of its `len`, so a window was closed before it was full: mend its `__len__`")
-    last = self.win.begin(1 if self.unit=='n_step' else bs, i+1==part.n_dl and self._steps_leftover)
+    last = self.win.begin(n, i+1==part.n_dl and self._steps_leftover)
     part.early = last and self.win.seen<self.win.size
     if part.n_win: learn.iter,learn.n_iter = part.i_win,part.n_win
     if part.reducer: part.reducer.sync(last)
@@ -246,14 +262,25 @@ def _on_wait(self:AccumulateStep, name):
          "micro-batch, raise `CancelBackwardException` in `before_backward`; what belongs to a step goes in `before_step` or `after_step`")
 
 @patch
-def _open(self:AccumulateStep, learn, i, bs):
-    "Open a window at micro-batch `i` of `bs` samples"
+def _filled_by(self:AccumulateStep, learn, bs):
+    "How much of a window a micro-batch of `bs` samples fills"
+    if self.unit!='n_targets': return 1 if self.unit=='n_step' else bs
+    n = n_targets(plain_loss(learn), *learn.yb)
+    if n is None:
+        what = type(learn.yb[0]).__name__ if len(learn.yb) else 'missing'
+        raise ValueError(f"`n_targets`={self.n_targets!r}: the first target of a micro-batch is {what}, and targets are counted in tensors only: pass `n_step` or `n_samples`")
+    return n
+
+@patch
+def _open(self:AccumulateStep, learn, i, unit, bs):
+    "Open a window at micro-batch `i` of `bs` samples, which fills `unit` of it"
     n_dl,(epoch,n_epoch) = self.part.n_dl,self.part.at
     # where windows can't be counted beforehand, training progress is that of the dataloader
     learn.pct_train = min(learn.pct_train, (epoch+1)/n_epoch) if self.part.n_win else (epoch + i/n_dl)/n_epoch
     self.kept = [(p,p.grad) for p in self.part.outside if p.grad is not None] # no optimizer has zeroed them, and they are not this window's
     for p,_ in self.kept: p.grad = None
-    size,unit = self._size(learn.pct_train),1 if self.unit=='n_step' else bs
+    if self.follow is not None: self.follow.look(bs)
+    size = self._size(learn.pct_train)
     n = math.ceil(size/unit) # micro-batches
     if self.leftover!='carry' and i<n_dl: n = min(n, n_dl-i)
     self.win = Window(size, self._reduction(learn), n*unit, low=self.part.low, reducer=self.part.reducer)
@@ -291,6 +318,7 @@ def _close(self:AccumulateStep, learn):
     self._put_back()
     self.mixed.see(self.win, learn.loss_func)
     if some: learn.loss = self.win.mean_loss
+    if self.follow is not None: self.follow.scale_lr()
     return some
 
 @patch
@@ -327,6 +355,7 @@ _cancels = CancelTrainException,CancelEpochException,CancelFitException
 def _train(self:AccumulateStep, learn, all_batches):
     "The training part of an epoch; whatever ends it, no window is left open and `learn.opt` is the plain optimizer"
     reducer = self._check(learn)
+    self.follow = (self.follow or self._follows(learn)) if self.n_step=='noise' else None
     self._hints(learn)
     part = self.part = TrainPart(learn, self._n_win(learn.dl), self.at or (learn.epoch,learn.n_epoch), reducer)
     part.low = low_precision(self._params(learn))
@@ -350,6 +379,7 @@ def _train(self:AccumulateStep, learn, all_batches):
         if self.accum_opt is not None and learn.opt is self.accum_opt: learn.opt = self.accum_opt.wrapped
         if part.metrics: learn.recorder.train_metrics = True
         if reducer: reducer.sync(True)
+        if self.follow is not None: self.follow.put_lr_back()
         self.accum_opt = self.part = None
 
 @patch
@@ -358,6 +388,8 @@ def _check(self:AccumulateStep, learn):
     check_trainable(learn)
     reducer = reducer_of(learn.model, self.unsharded)
     check_reducer(reducer, learn.model, learn.opt.all_params().itemgot(0))
+    if self.unit=='n_targets' and several_processes():
+        raise ValueError(f"`n_targets`={self.n_targets!r} in one of several processes: their windows would end at different micro-batches, and they step together. Pass `n_step` or `n_samples`")
     if self.sync_bn and (why := check_batch_norms(learn.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
     return reducer
 

@@ -79,11 +79,11 @@ class MicroBatch(Host):
     public,goes_on = ('effective_bs',),('moments','mixed','in_order','varied')
     depth,kept,known = 0,True,None # autocasts around the current batch; may there be gradients that are not of it; with `sync_loss=True`, what batches have shown of the model's outputs
     def __init__(self,
-        bs:int|str='auto', # Samples in a micro-batch; 'auto' begins with the whole batch, and halves the size whenever memory runs out; 'fast' begins with the size that `micro_find` finds the fastest
+        bs:int|str='auto', # Samples in a micro-batch; 'auto' begins with the whole batch, and splits it in 2, 3, 4, 6, 8, 12, ... parts until memory is enough; 'fast' begins with the size that `micro_find` finds the fastest
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         split:Callable|None=None, # A function `(xb, yb, bs)` that returns a list of `(xb, yb)` of at most `bs` samples each, for batches that slicing can't split
         sync_bn:bool|str|None=None, # True: BatchNorm sees the whole batch, exactly; 'stats': only its running statistics do; False: each micro-batch is normalized by itself; None: that too, with a warning
-        offload:str|None='auto', # Where an accelerator's activations wait for the backward pass: 'cpu' in the host's memory, None on the device; 'auto': in the host's memory with `sync_bn=True`
+        offload:str|None='auto', # Where an accelerator's activations wait for the backward pass: 'cpu' in the host's memory, None on the device; 'auto': in the host's memory with `sync_bn=True`, and with `bs`='auto' if one sample is too much
         valid:bool|None=None, # Split in validation and prediction too? None: if 'auto', where they find a size of their own
         preds:bool|None=None, # Keep the outputs of a batch in `learn.pred`? None: if a callback or metric may read them; False: only if it is known to
         sync_loss:bool=False, # The loss sees the whole batch, whatever it computes: it is computed once, from the outputs for all samples, and each micro-batch has a second forward pass
@@ -209,32 +209,53 @@ def _autocast(self:MicroBatch, learn, event):
         if isinstance(cb, MixedPrecision): getattr(cb, event)()
 
 # %% ../nbs/10_microbatch.ipynb #ce565030
+_last = 2 # one sample is too much, where 1 is that memory was not enough
+
 @patch
 def _fit_in(self:MicroBatch, learn, one):
     "Compute a batch in micro-batches that fit in memory"
     xb,yb,n = learn.xb,learn.yb,n_samples(learn.xb, learn.yb)
     if not self.auto: return self._attempt(learn, one, xb, yb, n, min(self.bs, n))
-    train,kind = learn.training,0 if self._ddp else size_kind(xb, n) # one kind for all if processes have to agree
+    train,kind = learn.training,self._kind(xb, n)
     undo,undo_notes = Undo(self._mods(learn), (xb,yb)),UndoNotes(self._mods(learn))
     while not self._attempt(learn, one, xb, yb, n, bs := min(self.sizes.limit(train, kind) or n, n)):
         undo_notes()
         undo() # and give memory back
-        half = self.sizes.halve(train, kind, bs)
-        if not rank_distrib(): print(f"MicroBatch: {bs} samples at once do not fit in memory in {'training' if train else 'validation'}, going on with {half}")
+        self._less(train, kind, n, bs)
     if train: vars(self)['bs'] = self.sizes.limit(train, kind) or max(n, 0 if self.bs=='auto' else self.bs)
+
+@patch
+def _kind(self:MicroBatch, xb, n): return 0 if self._ddp else size_kind(xb, n) # one kind for all if processes have to agree
+
+@patch
+def _less(self:MicroBatch, train, kind, n, bs):
+    "Go on with fewer samples at once than `bs`, or with one whose activations are in the host's memory; and say so"
+    if bs==1 and (not train or self.sizes.offloads(kind)): return # it was another process that lacked memory
+    where = 'training' if train else 'validation'
+    if bs>1: said = f"{bs} samples at once do not fit in memory in {where}, going on with {self.sizes.less(train, kind, n, bs)}"
+    else:
+        self.sizes.offload(kind)
+        said = f"one sample does not fit in memory in {where}, going on with `offload`='cpu'"
+    if not rank_distrib(): print(f'MicroBatch: {said}')
+
+@patch
+def _may_offload(self:MicroBatch, learn, xb, n):
+    "If one sample does not fit, is there something to put in the host's memory?"
+    if not learn.training or self.offload!='auto' or self.sync_bn is True and batch_norms(self.model): return False
+    return Offload.helps(one_param(self.model).device) and not self.sizes.offloads(self._kind(xb, n))
 
 @patch
 def _attempt(self:MicroBatch, learn, one, xb, yb, n, bs):
     "Compute a batch in micro-batches of `bs`; was there enough memory?"
-    oom = False
+    oom,last = False,not self.auto or bs==1 and not self._may_offload(learn, xb, n)
     try: self._run(learn, one, xb, yb, n, bs)
     except BaseException as e:
         self._undo_grads(learn)
         self.moments.drop()
         oom = is_oom(e)
-        self._explain(e, oom, n, bs)
-        if not oom or not self.auto or bs==1:
-            if oom: self._anywhere(True)
+        self._explain(e, oom and last, n, bs)
+        if not oom or last:
+            if oom: self._anywhere(_last)
             raise
     if not (oom := self._anywhere(oom)):
         if self.wait: self.reducer.reduce()
@@ -242,7 +263,7 @@ def _attempt(self:MicroBatch, learn, one, xb, yb, n, bs):
     self._undo_grads(learn)
     learn.pred = learn.loss = learn.loss_grad = None # nothing is to hold on to the graph
     for cb in learn.cbs: _let_go(vars(cb))
-    if bs==1: raise RuntimeError(f"another process ran out of memory with a micro-batch of one sample. {self._advice(bs)}")
+    if oom==_last: raise RuntimeError(f"another process ran out of memory with a micro-batch of one sample. {self._advice(1)}")
     return False
 
 @patch
@@ -255,9 +276,9 @@ def _undo_grads(self:MicroBatch, learn):
 def _unreduced(self:MicroBatch): return self.reducer.unreduced() if self.reducer else []
 
 @patch
-def _explain(self:MicroBatch, e, oom, n, bs):
-    "Say in the error `e` of `bs` samples at once what to do, if no smaller number will be tried"
-    if oom and (not self.auto or bs==1): e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}{self._beside(bs, n)}",)
+def _explain(self:MicroBatch, e, last, n, bs):
+    "Say in the error `e` of `bs` samples at once what to do, if nothing smaller will be tried"
+    if last: e.args = (f"{e}\n`MicroBatch` ran out of memory with {bs} of a batch's {n} samples. {self._advice(bs)}{self._beside(bs, n)}",)
     if isinstance(e, ValueError) and self.auto and bs<=2 and bs<n:
         e.args = (f"{e}\n`MicroBatch` had come down to {bs} of a batch's {n} samples. {self._advice(1)}",)
 
@@ -282,6 +303,7 @@ def _advice(self:MicroBatch, bs):
 def _run(self:MicroBatch, learn, one, xb, yb, n, bs):
     "Split a batch, run the passes of its micro-batches, and join what comes of them"
     passes = self.passes = self._split(learn, xb, yb, n, bs)
+    passes.away = learn.training and (self.offload=='cpu' or self.auto and self.offload=='auto' and self.sizes.offloads(self._kind(xb, n)))
     self.wait = self.reducer is not None and not self.reducer.each and not self.pool and learn.training and len(yb)>0 and self._wait()
     but = None
     try:
@@ -360,7 +382,7 @@ def _micro(self:MicroBatch, learn, one, passes, i, outs):
 @patch
 def _saved(self:MicroBatch, passes):
     "A context in which what autograd saves goes to the host's memory, if it is to"
-    return Offload()() if self.offload=='cpu' and passes.learn.training and not passes.jointly else nullcontext()
+    return Offload()() if passes.away and not passes.jointly else nullcontext()
 
 @patch
 def weigh(self:MicroBatch, learn):
@@ -574,11 +596,11 @@ def _check_processes(self:MicroBatch):
 
 @patch
 def _anywhere(self:MicroBatch, oom):
-    "Was there not enough memory in any of the processes?"
+    "How bad it was in the process that had the least memory: 0, 1 or `_last`"
     if not (self.auto and self._ddp): return oom
     t = torch.tensor(float(oom), device=one_param(self.model).device)
     torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MAX, group=self.learn.model.process_group)
-    return bool(t)
+    return int(t)
 
 @patch
 def _apart(self:MicroBatch):

@@ -85,7 +85,7 @@ class NoiseScale(Callback):
         if getattr(self.acc, 'sync_loss', False):
             raise ValueError(f"{type(self).__name__} beside {type(self.acc).__name__}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
                              "if the loss is a mean over samples")
-        self.rows,self.win = [],None
+        self.rows,self.win,self.n_rows = [],None,0
 
     def after_backward(self):
         win = self._window()
@@ -109,6 +109,7 @@ class NoiseScale(Callback):
             G2_B = G2_B*((1 if win.pooled else n_proc)/n)**2
         r,h,s,b2,rest,q = totals
         w = rest/(1-b2).clamp(min=1e-30) # for the last increment, from what all processes have to the global gradient
+        self.n_rows += 1
         self.rows.append(torch.stack([G2_B, r+(G2_B-s)*w, h+rest*w, q, n])[None])
 
     def after_train(self): self.rows = [torch.cat(self.rows)] if self.rows else [] # one tensor for an epoch

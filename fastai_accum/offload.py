@@ -60,6 +60,10 @@ class Offload:
         if self.nbytes>(has := host_memory()):
             raise RuntimeError(f"`offload`='cpu': what a backward pass needs takes more than the host's {has/2**30:.1f} GiB of memory. Take fewer samples, or `offload`=None")
 
+    @staticmethod
+    def helps(device)->bool:
+        "Is there memory to be saved on `device`?"
+        return not shares_host(device)
     def stays(self, t): return shares_host(t.device) or isinstance(t if t._base is None else t._base, nn.Parameter)
     def unpack(self, o): return o.back()
     def forget(self):

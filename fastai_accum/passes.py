@@ -22,7 +22,7 @@ class Passes:
     def __init__(self, learn, parts, ns, win, depth):
         self.learn,self.parts,self.ns,self.win,self.depth,self.outputs = learn,parts,ns,win,depth,None # what the model returned, if somebody is to read it
         self.listeners,self.sliced,self.later,self.losses = Listeners(learn, *pass_events),Sliced(),None,[]
-        self.watched,self.c,self.jointly = False,None,False # in validation: is the loss computed with a graph; what it showed. Are forward passes in lock-step?
+        self.watched,self.c,self.away,self.jointly = False,None,False,False # in validation: is the loss computed with a graph; what it showed. Is what autograd saves to go to the host; are forward passes in lock-step?
         self.all_counted,self.seen,self.hidden = True,[],[] # losses with what they divide by; hidden states
         self.versions,self.bar = [self._version(yb) for _,yb in parts],WindowBar(learn)
 
