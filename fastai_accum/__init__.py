@@ -31,6 +31,8 @@ elif _fastai.startswith('1.'): from .fastai1 import AccumulateStep,MicroBatch
 else:
     from .accumulate import AccumulateStep,counts_elements
     from .microbatch import MicroBatch
+    from . import pace # `learn.micro_find()`, `MicroBatch('fast')`
     from .noise import NoiseScale
+    from . import grow
     from .skipnan import SkipNaN
     from .check import AccumulationCheck

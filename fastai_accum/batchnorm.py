@@ -200,7 +200,7 @@ def batch_norms(
 def _normalize_jointly(o):
     if not hasattr(LockstepThread.here, 'thread'):
         raise RuntimeError("a BatchNorm is called outside of the model's forward pass, for one micro-batch by itself: by gradient checkpointing, which computes a part of "
-                                        "the model again, or by a loss or callback that calls the model. Exact BatchNorm (`sync_bn=True`) can't be had of that; pass `sync_bn='stats'`")
+                                        "the model again, or by a loss or callback that calls the model. Exact BatchNorm (`sync_bn=True`) is not possible there; pass `sync_bn='stats'`")
     o.grad = torch.is_grad_enabled()
     return _recomputed(meet(o))
 

@@ -277,9 +277,9 @@ class Host(LearnerCallback):
     def __repr__(self): return as_call(self, self.given)
 
     def change(self, cls, name, v):
-        "A `ValueError`, as another callback is made for each fit"
+        "A `ValueError`, as each fit has a callback of its own"
         way = 'to_accum' if cls is AccumulateStep else 'to_microbatch'
-        raise ValueError(f"`{name}`={v!r} is set on a callback of fastai 1, which are made anew for each fit: call `learn.{way}(...)` with all its arguments")
+        raise ValueError(f"`{name}`={v!r} is set on a callback that has been made: in fastai 1, take another one for the next fit, as by `learn.{way}(...)`")
 
     def on_train_begin(self, pbar, metrics_names, **kwargs):
         if pbar is None or (h := calling_handler()) is None: return # `learn.validate()`
@@ -327,8 +327,8 @@ class Windows(Inside):
         if n_win==0:
             raise ValueError(f"`leftover`='drop' and `{self.host.unit}`={self.size(0)}: the {n} micro-batches of an epoch do not "
                              f"fill a window, so there would never be a step. Take a smaller `{self.host.unit}` or `leftover='step'`")
-        size = getattr(self.host, self.host.unit)
-        if not callable(size) and (why := window_hint(self.host.unit, size, dl.batch_size, n, self.host.leftover)): self.tell_once(why)
+        size = self.host.given[self.host.unit]
+        if not callable(size) and (why := window_hint(self.host.unit, size, getattr(dl, 'batch_size', None), n, self.host.leftover)): self.tell_once(why)
         for cb in self.h.callbacks:
             if _isa(cb, 'LRFinder') and self.n_epochs==math.ceil(cb.sched.n_iter/n): self._more_epochs(math.ceil(cb.sched.n_iter/n_win))
             if _isa(cb, 'GeneralScheduler'): self._rescale_phases(cb, n, n_win)
@@ -467,7 +467,7 @@ class AccumulateStep(Host):
     inside = Windows
     def __init__(self,
         learn:Learner, # The learner, as fastai 1 passes it to `callback_fns`
-        n_step=1, # Micro-batches that make a step, or a function of training progress (0 to 1)
+        n_step=None, # Micro-batches that make a step, or a function of training progress (0 to 1); None: one, with a warning if there is no `n_samples` either
         n_samples=None, # Samples that make a step (at least), instead of `n_step`
         normalize='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(learn) -> denominator`
         leftover='step', # What becomes of an epoch's last micro-batches if they do not fill a window: 'step', 'drop' or 'carry'
@@ -476,13 +476,14 @@ class AccumulateStep(Host):
         self.unit = check_accum(n_step, n_samples, normalize, leftover, sync_bn) # before the learner knows of it
         super().__init__(learn)
         store_attr(but='learn')
+        vars(self)['n_step'] = 1 if n_step is None else n_step
 
-def check_accum(n_step=1, n_samples=None, normalize='auto', leftover='step', sync_bn=None):
+def check_accum(n_step=None, n_samples=None, normalize='auto', leftover='step', sync_bn=None):
     "Which of 'n_step' and 'n_samples' says how large a window is; a `ValueError` if these can't be the arguments of `AccumulateStep`"
     if sync_bn is True:
         raise ValueError("`sync_bn`=True: micro-batches that come one by one can't be normalized together; use `MicroBatch` with a loader of whole batches, or 'stats'")
     check_choice('sync_bn', sync_bn, (None,False,'stats'))
-    return check_args(n_step, n_samples, normalize, leftover)
+    return check_args(1 if n_step is None else n_step, n_samples, normalize, leftover)
 
 # %% ../nbs/12_fastai1.ipynb #ba99287c
 def _without(learn, cls):
@@ -492,7 +493,7 @@ def _without(learn, cls):
     return learn
 
 @patch
-def to_accum(self:Learner, n_step=1, **kwargs):
+def to_accum(self:Learner, n_step=None, **kwargs):
     "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`"
     check_accum(n_step, **kwargs)
     _without(self, Host).callback_fns.append(partial(AccumulateStep, n_step=n_step, **kwargs))
@@ -508,7 +509,7 @@ class Parts(Inside):
     "The window that `MicroBatch` makes of each batch"
     threads,joint,away,loader = None,None,None,''
     def begin(self, later, **kwargs):
-        if why := split_hint(self.host.bs, self.learn.data.train_dl.batch_size): self.tell_once(why)
+        if why := split_hint(self.host.bs, getattr(self.learn.data.train_dl, 'batch_size', None)): self.tell_once(why)
         super().begin(later, **kwargs)
 
     def batch_begins(self, last_input, last_target, **kwargs):

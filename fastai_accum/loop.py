@@ -29,7 +29,7 @@ class Accumulator:
         n_samples:int|None=None, # Samples that make a step (at least), instead of `n_step`
         normalize:str|Callable='auto', # What a micro-batch weighs: 'auto', 'samples', 'none', or a function `(pred, *targs) -> denominator`
         scaler=None, # A `torch.amp.GradScaler`, to scale losses and make the steps
-        before_step:Callable|None=None, # Called before each step, when gradients are the large batch's: here they can be clipped
+        before_step:Callable|None=None, # Called before each step, when gradients are the large batch's, for instance to clip them
         after_step:Callable|None=None, # Called after each step, such as a schedule's `step`
         unsharded:str|None='grads' # What a model of `fully_shard` keeps whole within a window: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
     ):
@@ -50,7 +50,7 @@ class Accumulator:
         return loss.detach()
 
     def flush(self): # The mean loss of what was stepped; None if there was nothing to step
-        "Step what an epoch left over, or all since the last step if windows have no size"
+        "Make a step of what an epoch has left over, or of everything since the last step if windows have no size"
         with self._or_drop(): res = self._step() if self._some_left() else None
         self.mixed.look(self.loss_func)
         return res

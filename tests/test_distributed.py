@@ -21,7 +21,7 @@ class Seen(Callback):
     def before_fit(self): self.ids = []
     def before_train(self):
         self.ids.append([])
-        self.n_dl = len(self.dl)
+        self.n_dl,self.said = len(self.dl),getattr(getattr(self.learn, 'accumulate_step', None), 'effective_bs', None)
     def before_batch(self): self.ids[-1].append((self.x[:,None]==self.learn.data_x).all(-1).int().argmax(1).tolist())
     def __call__(self, event_name):
         super().__call__(event_name)
@@ -142,7 +142,7 @@ def work(c):
     if c.dl: learn.dls.loaders[0] = c.dl(learn.dls.train, device='cpu')
     with learn.distrib_ctx(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**c.ddp)] if c.ddp else None): run(learn, c.fit)
     rec = {k:getattr(learn.recorder, k) for k in ('lrs','iters','losses','values','metric_names','hps')} if hasattr(learn, 'recorder') else None
-    return dict(steps=learn.trace.steps, batches=learn.trace.batches, ids=seen.ids, n_dl=seen.n_dl, log=comm.log, rec=rec, synced=comm.ddp.require_backward_grad_sync)
+    return dict(steps=learn.trace.steps, batches=learn.trace.batches, ids=seen.ids, n_dl=seen.n_dl, log=comm.log, rec=rec, said=seen.said, synced=comm.ddp.require_backward_grad_sync)
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
@@ -206,6 +206,12 @@ def test_lr_find(two):
     assert [len(r['steps']) for r in two('lr_find')]==[30,30]
     n,m = (len(r['steps']) for r in two('lr_find diverges'))
     assert n==m<30
+
+@pytest.mark.parametrize('name', ('even shards sgd','padded shard sgd','window of one sgd','n_samples sgd'))
+def test_effective_bs(name, two):
+    "Samples of a step in both processes"
+    ranks = two(name)
+    assert [r['said'] for r in ranks]==[max(map(len, sum(windows(CASES[name], ranks), [])))]*2
 
 def test_padding(two):
     "What the shards of 73 samples hold: 37 each, one sample twice"

@@ -960,7 +960,7 @@ def test_autocast_of_each_micro_batch():
 
 @pytest.mark.parametrize('bs', (0, -1, True, False, 2.5, 4., 'big', None, [4], float('nan'), np.float64(2)), ids=str)
 def test_bs(bs):
-    with pytest.raises(ValueError, match="`bs`=.*pass a positive integer, or 'auto'"): MicroBatch(bs)
+    with pytest.raises(ValueError, match="`bs`=.*pass a positive integer, 'auto' or 'fast'"): MicroBatch(bs)
     learn = learner(41, BS).to_microbatch(5)
     with pytest.raises(ValueError, match='`bs`='): learn.to_microbatch(bs)
     assert learn.micro_batch.bs==5 # a mistake leaves the callback that was there

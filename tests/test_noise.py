@@ -158,7 +158,7 @@ def find(learn, tol=0.5, **kwargs):
     "`bs_find` at today's weights, without a warning about its width"
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*wider than')
-        return learn.bs_find(**{**dict(lr=0, tol=tol, show_plot=False), **kwargs})
+        return learn.bs_find(**{**dict(lr=0, tol=tol, show_plot=False, pace=False), **kwargs})
 
 def test_coverage():
     "The noise scale that is known in closed form lies in the interval for at least 90 % of 50 seeds"
@@ -216,7 +216,7 @@ def test_all_noise():
     learn,_ = linear(1280, start=torch.zeros(10, dtype=torch.float64))
     with pytest.warns(UserWarning, match="can't be told from noise"): r = learn.bs_find(lr=0, n_it=40, show_plot=False)
     assert r.interval[1]==math.inf and r.interval[0]>11
-    assert find(learn, n_it=40, max_n_step=7)[2:]==(28,7)
+    assert find(learn, n_it=40, max_n_step=7)[2:4]==(28,7)
 
 def test_negative_estimate():
     "Windows whose gradient is exactly 0 make the squared norm of the mean come out negative: as for 0, the noise scale is inf, and as large a batch as possible is suggested"
@@ -442,7 +442,7 @@ def test_when_it_stops():
     def steps(**kwargs):
         learn,seen = linear(1280, acc=AccumulateStep(4))[0],[]
         learn.add_cb(Callback(after_step=lambda cb: seen.append(1)))
-        r = learn.bs_find(lr=0, show_plot=False, **kwargs)
+        r = learn.bs_find(lr=0, show_plot=False, pace=False, **kwargs)
         return len(seen),r
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -460,7 +460,7 @@ def test_suggestion():
     learn,true = linear(2560, acc=AccumulateStep(8))
     r = find(learn, n_it=80)
     assert r.interval[0]<true<r.interval[1] and r.batch_size==round(r.noise_scale) and r.n_step==round(r.batch_size/4)>1
-    assert find(learn, n_it=80, max_n_step=2)[2:]==(8,2)
+    assert find(learn, n_it=80, max_n_step=2)[2:4]==(8,2)
     whole = [tuple(map(torch.cat, zip(*learn.dls.train[i:i+16]))) for i in range(0, 640, 16)]
     learn.dls.loaders[0] = Batches(whole)
     learn.remove_cb(AccumulateStep)

@@ -119,4 +119,4 @@ def test_margin(monkeypatch):
 def test_margin_is_a_share(margin):
     with pytest.raises(ValueError, match=f"`margin`={margin!r}: pass the share of memory that is to stay free"): MicroBatch('auto', margin=margin)
 def test_margin_of_a_number():
-    with pytest.raises(ValueError, match="`margin`=0.1 beside `bs`=8: only `bs`='auto' looks at memory"): MicroBatch(8, margin=0.1)
+    with pytest.raises(ValueError, match="`margin`=0.1 beside `bs`=8: only 'auto' and 'fast' look at memory"): MicroBatch(8, margin=0.1)

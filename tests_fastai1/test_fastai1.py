@@ -1,5 +1,5 @@
 "fastai 1: a run with `AccumulateStep` against a real large-batch `Learner`; run by `make test-fastai1`, with fastai 1 ahead on PYTHONPATH"
-import subprocess,sys
+import subprocess,sys,warnings
 import pytest
 from common1 import *
 from fastai.callbacks.general_sched import GeneralScheduler,TrainingPhase
@@ -245,6 +245,43 @@ def test_to_accum():
     assert learn.detach_accum() is learn
     learn.steps.log.clear(); run(learn, lambda l: l.fit(1, 0.1))
     assert len(learn.steps.log)==16
+
+def hints(learn):
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        run(learn, lambda l: l.fit(2, 0.1))
+    return [k for w in ws for k in ('nothing is accumulated','do not fill one window','normalizes each micro-batch by its own') if k in str(w.message)]
+
+def normed(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+
+def test_hints():
+    "What was hardly meant is warned of once in a fit"
+    nothing,few,norms = [['nothing is accumulated'],['do not fill one window'],['normalizes each micro-batch by its own']]
+    for acc,bs,said in ((AccumulateStep,4,nothing), (partial(AccumulateStep, n_samples=4),4,nothing), (partial(AccumulateStep, n_step=32),4,few), (partial(AccumulateStep, n_step=1),4,[]), (acc4,4,[]),
+                        (partial(AccumulateStep, n_step=32, leftover='carry'),4,[]), (partial(MicroBatch, bs=4),4,nothing), (partial(MicroBatch, bs=4),5,[])):
+        assert hints(learner(64, bs, acc))==said
+    for acc,bs in ((acc4,4),(partial(MicroBatch, bs=4),16)):
+        assert hints(learner(64, bs, acc, model=normed))==norms
+        for sync_bn in (False,'stats'): assert hints(learner(64, bs, partial(acc, sync_bn=sync_bn), model=normed))==[]
+    assert hints(learner(64, 16, partial(MicroBatch, bs=4, sync_bn=True), model=normed))==[]
+
+def test_what_a_callback_shows():
+    learn = learner(64, BS, acc4)
+    run(learn, lambda l: l.fit(1, 0.1))
+    assert repr(learn.accumulate_step)=='AccumulateStep(n_step=4)' and repr(MicroBatch(learn, 4, sync_bn='stats'))=="MicroBatch(4, sync_bn='stats')" and repr(AccumulateStep(learn))=='AccumulateStep'
+    with pytest.raises(ValueError, match=r'`n_step`=8 is set on a callback that has been made.*`learn.to_accum\(...\)`'): learn.accumulate_step.n_step = 8
+    with pytest.raises(ValueError, match=r'`bs`=8.*`learn.to_microbatch\(...\)`'): learn.micro_batch.bs = 8
+
+def test_progress_bar(monkeypatch):
+    "It begins with the windows of an epoch"
+    from fastprogress.fastprogress import ProgressBar
+    for acc,n in ((acc4,5), (partial(acc4, leftover='drop'),4), (None,18)):
+        texts,learn = [],learner(70, BS, acc)
+        monkeypatch.setattr(ProgressBar, 'on_update', lambda self, val, text: texts.append(text.split(']')[0].split()[1]))
+        monkeypatch.setattr('fastai.basic_train.progress_bar', lambda gen, parent=None, **kwargs: ProgressBar(gen))
+        learn.data.valid_dl = None
+        run(learn, lambda l: l.fit(1, 0.1))
+        assert (texts[0],texts[-1])==(f'[0/{n}',f'[{n}/{n}')
 
 def test_for_one_fit():
     "As one of `fit`'s callbacks"

@@ -123,7 +123,10 @@ def test_to_microbatch():
     run_both(lambda l: l.fit(1, 0.1), other, learn)
     assert_same_run(other, learn)
     assert learn.detach_microbatch().to_accum(2).detach_accum() is learn and len(learn.callback_fns)==1
-    learn.to_microbatch(4).to_accum(4)
+    learn.to_microbatch(4).to_accum(4) # takes its place
+    assert [f.func for f in learn.callback_fns[1:]]==[AccumulateStep]
+    assert [f.func for f in learn.to_microbatch(4).callback_fns[1:]]==[MicroBatch]
+    learn.callback_fns.append(acc4)
     with pytest.raises(ValueError, match='AccumulateStep beside MicroBatch: one of them is enough|MicroBatch beside AccumulateStep'): learn.fit(1)
 
 @pytest.mark.parametrize('kw,match', ((dict(bs=0), '`bs`=0'), (dict(bs='auto'), "`bs`='auto': only `MicroBatch` of fastai 2"), (dict(bs=4, sync_bn='yes'), "`sync_bn`='yes'"), (dict(bs=4, offload='disk'), "`offload`='disk'"),

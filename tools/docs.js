@@ -15,7 +15,8 @@ function score([title, , head, text], words) { // 0 if a word is nowhere; words 
     if (!s) return 0
     sum += s
   }
-  return sum + 30*(head.toLowerCase()===words.join(' ')) + 60*(title.toLowerCase()===words.join(' ') && !head)
+  const [t, h, all] = [title, head, text].map(s => s.toLowerCase()), phrase = words.join(' ')
+  return sum + 30*(h===phrase) + 60*(t===phrase && !h) + 15*(words.length>1 && `${t} ${h} ${all}`.includes(phrase))
 }
 
 function marked(text, words) { // what stands around the first word, with all words marked
