@@ -7,7 +7,6 @@ __all__ = ['MicroBatchMethods', 'check_margin', 'MicroBatch']
 
 # %% ../nbs/10_microbatch.ipynb #cf886e94
 from contextlib import nullcontext
-from numbers import Real
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -77,7 +76,7 @@ def check_margin(
     bs # Samples in a micro-batch, 'auto' or 'fast'
 ):
     "A `ValueError` if `margin` is no such share, or has nothing to do"
-    if isinstance(margin, bool) or not isinstance(margin, Real) or not 0<=margin<1: raise ValueError(f"`margin`={margin!r}: pass the share of memory that is to stay free, from 0 to 1, such as 0.1")
+    check_number('margin', margin, 'a share of memory from 0 to below 1, such as 0.1', lambda v: 0<=v<1)
     if margin and bs not in ('auto','fast'): raise ValueError(f"`margin`={margin!r} beside `bs`={bs!r}: only 'auto' and 'fast' look at memory; leave out `margin`")
 
 @with_arguments

@@ -117,6 +117,6 @@ def test_margin(monkeypatch):
 
 @pytest.mark.parametrize('margin', (-0.1,1,1.5,True,'0.1',None,math.nan))
 def test_margin_is_a_share(margin):
-    with pytest.raises(ValueError, match=f"`margin`={margin!r}: pass the share of memory that is to stay free"): MicroBatch('auto', margin=margin)
+    with pytest.raises(ValueError, match=f"`margin`={margin!r}: pass a share of memory from 0 to below 1"): MicroBatch('auto', margin=margin)
 def test_margin_of_a_number():
     with pytest.raises(ValueError, match="`margin`=0.1 beside `bs`=8: only 'auto' and 'fast' look at memory"): MicroBatch(8, margin=0.1)
