@@ -38,6 +38,7 @@ bench: $(BENCH)/.done
 	$(BENCH)/bin/python -W ignore benchmarks/communication.py
 	$(BENCH)/bin/python -W ignore benchmarks/batchnorm.py
 	$(BENCH)/bin/python -W ignore benchmarks/contrastive.py
+	$(BENCH)/bin/python -W ignore benchmarks/volumes.py
 
 # where there is no network: with $(PYTHON) if that is given, else with what is in $(VENV) if it is there
 gpu: PYTHON := $(if $(filter file default undefined,$(origin PYTHON)),$(if $(wildcard $(PY)),$(PY),$(PYTHON)),$(PYTHON))

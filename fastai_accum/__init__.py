@@ -33,5 +33,6 @@ else:
     from .microbatch import MicroBatch
     from . import pace # `learn.micro_find()`, `MicroBatch('fast')`
     from .noise import NoiseScale
+    from . import grow
     from .skipnan import SkipNaN
     from .check import AccumulationCheck

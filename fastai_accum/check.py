@@ -423,6 +423,8 @@ def _unit_and_size(cb, n_step):
     "What makes a step of `cb`: so many micro-batches ('n_step'), or samples ('n_samples')"
     if isinstance(cb, MicroBatch): return 'n_step',1
     if isinstance(cb, GradientAccumulation): return 'n_samples',cb.n_acc
+    if isinstance(cb, AccumulateStep) and (cb.unit=='n_targets' or cb.n_step=='noise'):
+        raise ValueError(f"`{cb.unit}`={getattr(cb, cb.unit)!r} of `cb`: a batch to compare with has so many samples or micro-batches; pass an `AccumulateStep` with `n_step` or `n_samples`")
     if isinstance(cb, AccumulateStep): return cb.unit,cb._size(0.)
     return 'n_step',n_step
 

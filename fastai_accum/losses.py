@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['counts_elements', 'loss_option', 'loss_reduction', 'loss_modules', 'loss_params', 'check_denominator',
-           'known_by_type', 'target_count', 'target_counts', 'denominator', 'with_graph', 'LossTerm', 'loss_terms',
-           'shown_denominators', 'n_samples', 'loss_count', 'mixed_denominators']
+           'known_by_type', 'target_count', 'n_targets', 'target_counts', 'denominator', 'with_graph', 'LossTerm',
+           'loss_terms', 'shown_denominators', 'n_samples', 'loss_count', 'mixed_denominators']
 
 # %% ../nbs/00_losses.ipynb #6c090005
 import math,torch
@@ -128,6 +128,18 @@ def target_count(
     "What `loss_func` divides by, if that depends on its targets alone: those not ignored, or the sum of their class weights"
     w = _target_weights(loss_func, targs[0])
     return None if w is None else w.sum()
+
+def n_targets(
+    loss_func, # A loss
+    *targs # The targets, as `loss_func` takes them
+)->int|None: # None if they are no tensor
+    "How many targets count: those that are not ignored; all, if they are no classes. Class weights do not matter. Where targets are on an accelerator, the host waits for the number of classes"
+    targ = targs[0] if targs else None
+    if not isinstance(targ, torch.Tensor): return None
+    targ,ignored = targ.as_subclass(torch.Tensor),loss_option(loss_func, 'ignore_index', -100)
+    if targ.is_floating_point() and _one_of(loss_func, _counts_targets) and targ.ndim>1: return targ.numel()//targ.shape[1] # probabilities
+    if targ.is_floating_point() or ignored is None or _one_of(loss_func, counts_elements): return targ.numel()
+    return (targ!=ignored).sum().item()
 
 def target_counts(
     loss_func, # As in `target_count`

@@ -19,7 +19,7 @@ class SkipNaN(Callback):
     order,run_valid,name = 70,False,'skip_nan' # after all that adds to a loss, and after autocast
     def before_fit(self):
         self.acc = first(cb for cb in self.learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch)))
-        if why := self._problem(): raise ValueError(f"{self} beside {self.acc}: {why}")
+        if why := self._problem(): raise ValueError(f"{self} beside {type(self.acc).__name__}: {why}")
         self.win,self.last,self.bad = None,None,False # the open window, the loss of the one before, is the micro-batch to be left out
         self.n = self.n_left = self.seen = self.left = 0 # micro-batches, and those left out: in the fit, and in the open window
 

@@ -75,13 +75,17 @@ def check_args(
     n_step, # Micro-batches that make a step
     n_samples, # Samples that make a step, or None
     normalize, # What a micro-batch weighs
-    leftover # What becomes of an epoch's last micro-batches
-)->str: # Which of 'n_step' and 'n_samples' says how large a window is
+    leftover, # What becomes of an epoch's last micro-batches
+    n_targets=None, # Targets that make a step, or None
+    words:tuple=() # What else `n_step` may be
+)->str: # Which of 'n_step', 'n_samples' and 'n_targets' says how large a window is
     "A `ValueError` if these can't be the arguments of `AccumulateStep`"
-    if n_samples is not None and n_step!=1: raise ValueError(f"`n_step`={n_step!r} and `n_samples`={n_samples!r}: pass only one of them")
+    sizes = {k:v for k,v in dict(n_step=None if n_step==1 else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
+    if len(sizes)>1: raise ValueError(f"{' and '.join(f'`{k}`={v!r}' for k,v in sizes.items())}: pass only one of them")
     check_normalize(normalize)
     check_choice('leftover', leftover, ('step','drop','carry'))
-    name,n = ('n_step',n_step) if n_samples is None else ('n_samples',n_samples)
+    (name,n), = sizes.items()
+    if n in words: return name
     for pct in (0.,1.): window_size(name, n, pct)
     return name
 
@@ -282,12 +286,12 @@ class Window:
         self.due = 0 # backward passes that did not come to the loss that was weighed
 
     def begin(self,
-        n:int=1, # Its size: 1, or its samples
+        n:int=1, # Its size: 1, its samples, or its targets that count, of which there may be none
         last:bool=False # Will no other come, as an epoch ends?
     )->bool: # Is it the window's last?
         "A micro-batch begins"
         self._unhook()
-        self.n,self.c,self.asked,self.seen,self.begun = n,None,None,self.seen+n,self.begun+1
+        self.n,self.c,self.asked,self.seen,self.begun = n or 1,None,None,self.seen+n,self.begun+1
         if self.begun==2: self.f32.start()
         self.last = last or self.seen>=self.size
         return self.last

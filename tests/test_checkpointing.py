@@ -20,6 +20,11 @@ class Stages(Net):
     "A part is recomputed as two segments"
     def forward(self, x): return self.head(checkpoint_sequential(self.mid, 2, self.a(x), use_reentrant=self.reentrant))
 
+class InPlace(Net):
+    "The layer that is recomputed has the switch itself"
+    def __init__(self, **kwargs): super().__init__(**kwargs); self.mid.forward = partial(checkpoint, self.mid.forward, use_reentrant=self.reentrant)
+    def forward(self, x): return self.head(self.mid(self.a(x)))
+
 def batch_spread(pred, y): return F.cross_entropy(pred, y) + (pred.softmax(1)-pred.softmax(1).mean(0)).pow(2).mean().sqrt() # of all samples together
 HOSTS = {'AccumulateStep':(MICRO, lambda: AccumulateStep(BS//MICRO), {}), 'MicroBatch':(BS, lambda: MicroBatch(MICRO), {}), 'auto':(BS, lambda: MicroBatch('auto'), {}),
          'sync_loss':(BS, lambda: MicroBatch(MICRO, sync_loss=True), dict(loss_func=batch_spread)), 'sync_bn':(BS, lambda: MicroBatch(MICRO, sync_bn=True), dict(norm=True)),
@@ -29,7 +34,7 @@ def go(acc, bs, model, loss_func=None, norm=False, **kwargs):
     return run(learner(N, bs, acc, model=partial(model, norm=norm, **kwargs), loss_func=loss_func), lambda l: l.fit_one_cycle(2, 0.05))
 
 @pytest.mark.parametrize('reentrant', (False,True))
-@pytest.mark.parametrize('model', (Net,Stages))
+@pytest.mark.parametrize('model', (Net,Stages,InPlace))
 @pytest.mark.parametrize('host', HOSTS)
 def test_same_run(host, model, reentrant):
     "By every host, and both ways of recomputing"

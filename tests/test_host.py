@@ -64,6 +64,18 @@ def test_bar_of_a_window_waits_for_nothing(monkeypatch):
         def once(cb): return waits(deepcopy(acc), bs, cb)
         assert once(ProgressCallback())==once(Reads())
 
+def test_targets_are_waited_for():
+    "The host waits once for each micro-batch with targets that are classes, for floats never"
+    def waits(acc, **kwargs):
+        learn = learner(64, 4, acc, cbs=Quiet(), **kwargs)
+        learn.remove_cb(Trace)
+        run(learn, lambda l: l.fit(1, 0.01))
+        return learn.quiet.mode.n.total()
+    assert waits(AccumulateStep(n_targets=16))==waits(AccumulateStep(n_samples=16))+16
+    x,_ = problem(80)
+    kw = dict(data=(x, x[:,:3]), loss_func=nn.MSELoss())
+    assert waits(AccumulateStep(n_targets=48), **kw)==waits(AccumulateStep(n_samples=16), **kw)
+
 @pytest.mark.parametrize('n,epochs,off', ((64,1,False), (62,1,True), (72,1,True), (73,1,True), (72,2,True)))
 def test_what_fastai_gets_wrong(n, epochs, off):
     "fastai's `GradientAccumulation` is the large batch only if batches and windows are even; should this fail, it has been mended: tell our users"

@@ -9,7 +9,8 @@ def test_window_size(arg, v):
     with pytest.raises(ValueError, match=f'`{arg}`=.*pass a positive integer'): AccumulateStep(**{arg:v})
 
 def test_n_step_none():
-    with pytest.raises(ValueError, match='`n_step`=None'): AccumulateStep(None)
+    "It is as if it was left out"
+    with pytest.warns(UserWarning, match='neither `n_step` nor `n_samples` is given'): run(learner(64, 16, AccumulateStep(None)), lambda l: l.fit(1))
 
 def test_both_sizes():
     with pytest.raises(ValueError, match='`n_step`=4 and `n_samples`=32: pass only one'): AccumulateStep(4, n_samples=32)

@@ -49,6 +49,30 @@ def test_contrastive(tmp_path):
             other.write_text(json.dumps(res))
             with pytest.raises(SystemExit, match='are not those of'): main(check=True, contrastive_numbers=other)
 
+def test_volumes(tmp_path):
+    "So it does for each number of the table of volumes"
+    text,other = (ROOT/'benchmarks/volumes.json').read_text(),tmp_path/'volumes.json'
+    for k in json.loads(text)['rows']:
+        for what,change in dict(err=lambda v: [2*e+1e-3 for e in v], peak_bytes=lambda v: 2*v, secs=lambda v: [2*s+1 for s in v], accuracy=lambda v: [a-0.1 for a in v]).items():
+            res = json.loads(text)
+            res['rows'][k][what] = change(res['rows'][k][what])
+            other.write_text(json.dumps(res))
+            with pytest.raises(SystemExit, match='are not those of'): main(check=True, volume_numbers=other)
+    res = json.loads(text)
+    res['err64']['exact'] = 1e-3
+    other.write_text(json.dumps(res))
+    with pytest.raises(SystemExit, match='are not those of'): main(check=True, volume_numbers=other)
+
+def test_volumes_are_those_of_the_page():
+    "What the script trains on, and what it trains, is what the page shows"
+    page = '\n'.join(''.join(c['source']) for c in json.loads((ROOT/'nbs/tutorial_volumes.ipynb').read_text())['cells'])+'\n'
+    script = (ROOT/'benchmarks/volumes.py').read_text()
+    for name in ('volume','label','conv','net'):
+        body, = re.findall(rf'^def {name}\(.*\n(?:    .*\n)*', script, re.M)
+        assert body in page, name
+    numbers, = re.findall(r'^n_train,.*', script, re.M)
+    assert numbers in page
+
 @pytest.mark.parametrize('page', PAGES)
 def test_no_table(tmp_path, page):
     for p in PAGES: (tmp_path/p).write_text((ROOT/'nbs'/p).read_text() if p!=page else '{"cells": []}')

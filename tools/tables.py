@@ -1,7 +1,7 @@
 "Write the tables of the JSON files in `benchmarks/` into the pages, between the comments that name them; with `--check`, fail if a page and the numbers differ"
 import json,re,sys
 from pathlib import Path
-from statistics import median
+from statistics import mean,median
 
 root = Path(__file__).resolve().parent.parent
 COLS = {'even':'even windows', 'short last window':'short last window', 'uneven micro-batches':'uneven micro-batches', 'both':'both', 'windows of several sizes':'windows of several sizes', 'ignored targets':'ignored targets', 'class weights':'class weights',
@@ -9,7 +9,7 @@ COLS = {'even':'even windows', 'short last window':'short last window', 'uneven 
 
 FEW = 'even','short last window','uneven micro-batches','ignored targets','class weights','BatchNorm','lr','lr_find'
 ROWS = 'fastai','lightning','trainer','AccumulateStep','MicroBatch' # in the summary
-PAGES = {'index.ipynb':['summary','few_learners'], 'benchmarks.ipynb':['where','exactness','options','failed','times','where_learners','learners','where_contrastive','contrastive'], 'gpu.ipynb':['gpu']} # and the tables that each has
+PAGES = {'index.ipynb':['summary','few_learners'], 'benchmarks.ipynb':['where','exactness','options','failed','times','where_learners','learners','where_contrastive','contrastive'], 'gpu.ipynb':['gpu'], 'tutorial_volumes.ipynb':['where_volumes','volumes']} # and the tables that each has
 
 def table(head, rows): return '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---']*len(head), *rows)).replace('|  |', '| |')
 def num(v): return '0' if v==0 else f'{v:.0e}'.replace('e-0', 'e-') if v<1e-3 else f'{v:.2g}'
@@ -89,6 +89,20 @@ def where_contrastive(res):
     r = res['contrastive']
     return f"{r['date']}, {r['where'].split('+')[0]}. Times are medians of {r['repeats']} epochs of {r['n']} batches in random turn."
 
+def volumes(res):
+    "Accuracy on volumes, distance from the whole batch, time of a fit and peak memory"
+    rows = res['volumes']['rows']
+    def accuracies(r): return f"{100*mean(r['accuracy']):.1f} ({100*min(r['accuracy']):.1f} to {100*max(r['accuracy']):.1f})"
+    def times(r): return f"{median(r['secs']):.1f} s ({median(a/b for a,b in zip(r['secs'], rows['large']['secs'])):.1f})"
+    return table(['', 'accuracy, %', 'weights off', 'time of a fit', 'peak memory'], [[r['label'], accuracies(r), num(max(r['err'])), times(r), f"{r['peak_bytes']/2**20:.2f} MiB"] for r in rows.values()])
+
+def where_volumes(res):
+    "When, where and how often"
+    r = res['volumes']
+    return (f"{r['date']}, {r['where'].split('+')[0]}; {r['n_epoch']} epochs of {r['n_train']} volumes, {r['n_valid']} to validate, {r['n_seeds']} seeds. Accuracy is the mean over seeds, with the lowest and the highest; "
+            "the distance is the largest of a seed; the time is the median of CPU seconds, and how often that of the first row it is. "
+            f"`MicroBatch(2, sync_bn=True)` and GroupNorm with `AccumulateStep(16)` are {num(max(r['err64'].values()))} off or less if the same is computed in float64.")
+
 WAYS = {'GradientAccumulation':"fastai's `GradientAccumulation`", 'AccumulateStep':'`AccumulateStep`', 'MicroBatch':'`MicroBatch`', 'sync_bn':'`MicroBatch(sync_bn=True)`'}
 FEW_LEARNERS = 'vision','unet','tabular'
 
@@ -105,10 +119,10 @@ def where_learners(res):
 
 def fill(
     src:str, # The notebook's text, with `<!-- exactness -->` before its table and `<!-- /exactness -->` after it; the same for the others
-    res:dict, # What is in `benchmarks/peers.json`, and in `learners.json` and `contrastive.json` as `learners` and `contrastive`
+    res:dict, # What is in `benchmarks/peers.json`, and in `learners.json`, `contrastive.json` and `volumes.json` by their names
     on_gpu:dict|None=None # What is in `benchmarks/gpu.json`
 )->str: # The same with the tables of all
-    for f in (summary,where,exactness,options,failed,times,where_learners,few_learners,learners,where_contrastive,contrastive,gpu):
+    for f in (summary,where,exactness,options,failed,times,where_learners,few_learners,learners,where_contrastive,contrastive,where_volumes,volumes,gpu):
         pat = re.compile(rf'(<!-- {f.__name__} -->\n)(?:.*?\n)??(<!-- /{f.__name__} -->)', re.S)
         src = pat.sub(lambda m: f'{m[1]}\n{on_page(on_gpu) if f is gpu else f(res)}\n\n{m[2]}', src)
     return src
@@ -116,11 +130,11 @@ def fill(
 def on_page(res): return gpu(res) + ('' if res is None else '\n\n![Peak memory, time and throughput](images/gpu.png)')
 
 def main(check=False, pages=root/'nbs', numbers=root/'benchmarks/peers.json', own=root/'benchmarks/learners.json',
-         contrastive_numbers=root/'benchmarks/contrastive.json', gpu_numbers=root/'benchmarks/gpu.json'):
-    res = {**json.loads(numbers.read_text()), 'learners':json.loads(own.read_text()), 'contrastive':json.loads(contrastive_numbers.read_text())}
+         contrastive_numbers=root/'benchmarks/contrastive.json', volume_numbers=root/'benchmarks/volumes.json', gpu_numbers=root/'benchmarks/gpu.json'):
+    res = {**json.loads(numbers.read_text()), 'learners':json.loads(own.read_text()), 'contrastive':json.loads(contrastive_numbers.read_text()), 'volumes':json.loads(volume_numbers.read_text())}
     on_gpu = json.loads(gpu_numbers.read_text()) if gpu_numbers.exists() else None
     if on_gpu and (on_gpu['tiny'] or not on_gpu['gpu']): sys.exit(f'{gpu_numbers} has tiny sizes, or was made without a GPU: `make gpu` on a machine with one measures')
-    def source(t): return gpu_numbers if t=='gpu' else own if 'learners' in t else contrastive_numbers if 'contrastive' in t else numbers
+    def source(t): return gpu_numbers if t=='gpu' else own if 'learners' in t else contrastive_numbers if 'contrastive' in t else volume_numbers if 'volumes' in t else numbers
     for name,tables in PAGES.items():
         page = pages/name
         nb = json.loads(page.read_text(encoding='utf-8'))
