@@ -340,6 +340,11 @@ class Stateful(nn.Module):
         self.n += 1
         return x
 
+class Counting(nn.CrossEntropyLoss):
+    "Remembers how often it was computed"
+    def __init__(self): super().__init__(); self.register_buffer('n', torch.zeros(1))
+    def forward(self, *args): self.n += 1; return super().forward(*args)
+
 def norm_net():
     m = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), nn.Dropout(0.3), Stateful())
     m[0].bias.requires_grad_(False)
@@ -347,7 +352,7 @@ def norm_net():
 
 LEARNERS = dict(
     fresh=dict(opt_func=Adam),
-    trained=dict(opt_func=Adam, fit=1),
+    trained=dict(opt_func=Adam, fit=1, loss_func=Counting()),
     torch_optimizer=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), fit=1),
     accumulating=dict(acc=AccumulateStep(2), fit=1, cbs=[NoiseScale()]),
     parts=dict(acc=MicroBatch('auto'), fit=1),
@@ -365,8 +370,8 @@ def made(name, event):
 
 def snapshot(learn):
     "All that can be seen of a learner"
-    dl = learn.dls.train
-    return dict(weights=flat(learn.model.parameters()).tolist(), buffers=flat(learn.model.buffers()).tolist(), grads=[None if p.grad is None else p.grad.tolist() for p in learn.model.parameters()],
+    dl,averages = learn.dls.train,[learn.recorder.smooth_loss,*learn.metrics]
+    return dict(averages=str([vars(o) for o in averages]), loss=flat(loss.buffers()).tolist() if isinstance(loss := learn.loss_func, nn.Module) else None, weights=flat(learn.model.parameters()).tolist(), buffers=flat(learn.model.buffers()).tolist(), grads=[None if p.grad is None else p.grad.tolist() for p in learn.model.parameters()],
         modules=[(sorted(vars(m)),m.training,len(m._forward_hooks),str(getattr(m, 'hidden', None)),getattr(m, 'count', None)) for m in learn.model.modules()],
         opt=None if learn.opt is None else (id(learn.opt),flat(tensors(learn.opt.state_dict()['state'])).tolist(),str(list(learn.opt.hypers))),
         rng=str((random.getstate(),np.random.get_state(),torch.get_rng_state().tolist(),dl.rng.getstate(),id(dl.rng))),
