@@ -60,14 +60,15 @@ def check_number(
 def window_size(
     name:str, # The argument's name, for the error
     n, # A positive integer, or a function of training progress that returns a number
-    pct:float=0. # Training progress, 0 to 1
+    pct:float=0., # Training progress, 0 to 1
+    more:str='' # What else it may be, for the error
 )->int: # Micro-batches or samples, at least 1
     "The size of a window that opens at `pct` of training, `n` or `n(pct)` rounded; a `ValueError` if that is none"
     v = n(pct) if callable(n) else n
     if isinstance(v, bool) or not isinstance(v, Real if callable(n) else Integral) or not 0.5 <= v < math.inf:
         at = f' at {pct:.0%} of training' if callable(n) else ''
         raise ValueError(f"`{name}`={v!r}{at}: pass a positive integer, or a function of training progress (0 to 1) that "
-                         "returns a positive number, such as `SchedLin(1, 8)`")
+                         f"returns a positive number, such as `SchedLin(1, 8)`{more}")
     return max(1, round(v))
 
 # %% ../nbs/01_window.ipynb #10ee4a8b
@@ -80,13 +81,14 @@ def check_args(
     words:tuple=() # What else `n_step` may be
 )->str: # Which of 'n_step', 'n_samples' and 'n_targets' says how large a window is
     "A `ValueError` if these can't be the arguments of `AccumulateStep`"
-    sizes = {k:v for k,v in dict(n_step=None if n_step==1 else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
+    sizes = {k:v for k,v in dict(n_step=None if n_step==1 and n_step is not True else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
     if len(sizes)>1: raise ValueError(f"{' and '.join(f'`{k}`={v!r}' for k,v in sizes.items())}: pass only one of them")
     check_normalize(normalize)
     check_choice('leftover', leftover, ('step','drop','carry'))
     (name,n), = sizes.items()
     if n in words: return name
-    for pct in (0.,1.): window_size(name, n, pct)
+    more = ''.join(f', or {o!r}' for o in words) if name=='n_step' else ''
+    for pct in (0.,1.): window_size(name, n, pct, more)
     return name
 
 # %% ../nbs/01_window.ipynb #24684a02

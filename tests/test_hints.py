@@ -216,7 +216,7 @@ def test_set_later_on_a_micro_batch(first, later, last):
     for l in (a,b): run(l, fit)
     assert_same_run(a, b, 0.)
 
-@pytest.mark.parametrize('cb,k,v,why', ((AccumulateStep(4),'n_step',0,'`n_step`=0: pass a positive integer'), (AccumulateStep(4),'n_samples','8',"`n_samples`='8'"), (AccumulateStep(4),'leftover','flush',"`leftover`='flush'"), (AccumulateStep(4),'sync_bn',True,'use `MicroBatch`'),
+@pytest.mark.parametrize('cb,k,v,why', ((AccumulateStep(4),'n_step',0,'`n_step`=0: pass a positive integer'), (AccumulateStep(4),'n_step',True,"`n_step`=True: pass a positive integer.*or 'noise'"), (AccumulateStep(4),'n_samples','8',"`n_samples`='8'"), (AccumulateStep(4),'leftover','flush',"`leftover`='flush'"), (AccumulateStep(4),'sync_bn',True,'use `MicroBatch`'),
     (AccumulateStep(4),'sync_loss',True,r'`MicroBatch\(sync_loss=True\)`'), (MicroBatch(8),'bs',0,'`bs`=0'), (MicroBatch(8, normalize='samples'),'sync_loss',True,'leave out `normalize`'), (MicroBatch(8),'split',3,'`split`=3')), ids=str)
 def test_refused_as_at_construction(cb, k, v, why):
     was = dict(vars(cb))
