@@ -155,7 +155,7 @@ class MicroBatch(Host):
     def before_train(self):
         check_trainable(self.learn)
         if self.watch: self.watch.forget() # validation has had the memory
-        if not self.auto: self.hint('windows', split_hint(self.bs, loader_bs(self.learn.dl)))
+        self.hint('windows', split_hint(None if self.auto else self.bs, loader_bs(self.learn.dl), len(self.learn.dl)))
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         self.reducer = reducer_of(self.model, self.unsharded)

@@ -135,6 +135,8 @@ def _shown(v):
     return getattr(v, '__name__', type(v).__name__)
 
 # %% ../nbs/01_window.ipynb #24684a04
+_no_batch = "an epoch has no batch, so nothing is trained: a loader that leaves out an incomplete last batch (`drop_last=True`) needs at least `bs` samples. Let it have a smaller `bs`"
+
 def window_hint(
     unit:str, # 'n_step' or 'n_samples'
     size, # So many micro-batches or samples make a step, None if nobody said
@@ -143,6 +145,7 @@ def window_hint(
     leftover:str='step' # What becomes of an epoch's last micro-batches
 ):
     "Why such windows may not be what was meant, None if they may"
+    if n_dl==0: return _no_batch
     if size is None: return "neither `n_step` nor `n_samples` is given: each micro-batch makes a step by itself, so nothing is accumulated. Pass how many are to make one, as in `AccumulateStep(4)`"
     if not (k := size if unit=='n_step' else bs and math.ceil(size/bs)): return
     if k==1 and unit=='n_samples': return f"`n_samples`={size} and micro-batches of {bs} samples: each makes a step by itself, so nothing is accumulated. Pass a larger `n_samples`, or let the loader have a smaller `bs`"
@@ -151,11 +154,13 @@ def window_hint(
     return few + (f"`n_step` counts micro-batches; `GradientAccumulation({size})` counts samples, which is `n_samples`={size}" if unit=='n_step' else "Pass a smaller `n_samples`")
 
 def split_hint(
-    bs:int, # Samples in a micro-batch
-    n # Samples in a batch of the loader, None if it does not tell
+    bs, # Samples in a micro-batch, None if they are as many as fit
+    n, # Samples in a batch of the loader, None if it does not tell
+    n_dl=None # Batches in an epoch
 ):
     "Why batches of `n` samples are not split as may have been meant, None if they may be"
-    if n and n<=bs:
+    if n_dl==0: return _no_batch
+    if n and bs and n<=bs:
         return (f"`bs`={bs} and a loader whose batches have {n} samples: each is one micro-batch, so nothing is accumulated. `MicroBatch` splits what the loader yields: let that be the "
                 "effective batch, or take `AccumulateStep`, which makes one step from several batches of the loader")
 

@@ -118,6 +118,10 @@ def test_windows_that_were_hardly_meant(acc, bs, said):
     assert hints(learn)==said # of two epochs
     assert hints(learn)==said # of another fit
 
+@pytest.mark.parametrize('acc', (AccumulateStep(4),MicroBatch(8),MicroBatch('auto')), ids=str)
+def test_no_batch(acc):
+    with pytest.warns(UserWarning, match='an epoch has no batch, so nothing is trained.*a smaller `bs`'): learner(40, 64, acc, drop_last=True).fit(1)
+
 def test_cures():
     for acc,cure in ((AccumulateStep(32),r'`GradientAccumulation\(32\)` counts samples, which is `n_samples`=32'), (AccumulateStep(),r'`AccumulateStep\(4\)`'), (MicroBatch(32),'take `AccumulateStep`')):
         with pytest.warns(UserWarning, match=cure): run(learner(64, 8, acc), fit)

@@ -503,6 +503,18 @@ def test_errors():
     with pytest.raises(ValueError, match='put it beside `AccumulateStep` or `MicroBatch`'): learner(64, 4, NoiseScale()).fit(1)
     with pytest.raises(ValueError, match="sync_bn=True.*Take `sync_bn='stats'`"): learner(64, 8, MicroBatch(4, sync_bn=True), model=norm_net, cbs=NoiseScale()).fit(1)
     learner(64, 8, MicroBatch(4, sync_bn=True), cbs=NoiseScale()).fit(1) # without a BatchNorm it is no matter
+    learn = learner(64, 8, MicroBatch('auto', sync_bn=True), model=norm_net)
+    with pytest.raises(ValueError, match=r"`bs_find` compares.*MicroBatch\(sync_bn=True\).*`learn.to_microbatch\(8, sync_bn='stats'\).bs_find\(\)`"): find(learn)
+    assert find(learn.to_microbatch(4, sync_bn='stats'), n_it=5).noise_scale>0
+
+@pytest.mark.parametrize('acc,n', ((MicroBatch('auto'),1), (MicroBatch(8),1), (AccumulateStep(1),1), (MicroBatch(4),0), (AccumulateStep(2),0)), ids=str)
+def test_nothing_to_compare_is_told(acc, n):
+    "Once in a fit"
+    learn = learner(64, 8, acc, cbs=NoiseScale())
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        learn.fit(2)
+    assert sum('each step so far is of one micro-batch' in str(w.message) for w in ws)==n==np.isnan(learn.noise_scale.values).all()
     for learn in (learner(64, 64), learner(64, 64, AccumulateStep(4)), learner(64, 1, MicroBatch(1))):
         with pytest.raises(ValueError, match='Take another batch size'): learn.bs_find()
     with pytest.raises(ValueError, match='no two finite gradients'): learner(64, 4, Spoil(math.nan, epochs=range(9))).bs_find(n_it=2)
