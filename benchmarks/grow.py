@@ -54,7 +54,7 @@ if __name__=='__main__':
     p = argparse.ArgumentParser()
     p.add_argument('--seeds', type=int, default=3)
     seeds = range(p.parse_args().seeds)
-    ways = {f'n_step={n}':(lambda n=n: [AccumulateStep(n)]) for n in (2,8,32)}
+    ways = {f'n_step={n}':(lambda n=n: [AccumulateStep(n)]) for n in (2,4,8,32)}
     ways |= {f"'noise', lr_rule={r!r}":(lambda r=r: [AccumulateStep('noise', max_n_step=64, lr_rule=r),NoiseScale()]) for r in (None,'sqrt','linear')}
     out = {}
     for name,make in ways.items():
