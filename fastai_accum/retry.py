@@ -6,7 +6,7 @@
 __all__ = ['is_oom', 'Undo', 'drop_grads', 'set_aside', 'Sizes', 'size_kind']
 
 # %% ../nbs/05_retry.ipynb #3b9ce2b0
-import gc,random,re
+import gc,itertools,random,re
 from fastai.basics import *
 from .split import *
 
@@ -84,15 +84,28 @@ def set_aside(
 # %% ../nbs/05_retry.ipynb #d8c9f0f1
 class Sizes(dict):
     "The sizes of micro-batches that did not exceed memory, by kind of pass and kind of input"
+    def __init__(self): self.away = set() # kinds of which, in training, one sample is too much
     def limit(self,
         train:bool, # In training, or in validation?
         kind:int # How large a sample is: what does not fit will not in a larger kind
     )->int|None: # Samples, None if there is no limit so far
         return min((bs for (t,k),bs in self.items() if t==train and k<=kind), default=None)
-    def halve(self, train, kind, bs)->int:
-        "`bs` samples were too many: the size to go on with"
-        self[train,kind] = half = (bs+1)//2
-        return half
+    def less(self,
+        train, kind, # As of `limit`
+        n:int, # Samples in the batch
+        bs:int # How many of them at once were too many
+    )->int:
+        "The size to go on with: that of the fewest parts out of 2, 3, 4, 6, 8, 12, 16, ..., that are smaller"
+        parts,most = (k for i in itertools.count() for k in (2<<i,3<<i)),math.ceil(n/math.ceil(n/bs)) # as parts are nearly equal
+        self[train,kind] = res = next(size for k in parts if (size := math.ceil(n/k))<max(most, 2))
+        return res
+    def offload(self, kind):
+        "One sample was too many in training: go on with one, and what it saves in the host's memory"
+        self.away.add(kind)
+        self[True,kind] = 1
+    def offloads(self, kind)->bool:
+        "Is what one sample saves to go to the host's memory?"
+        return any(k<=kind for k in self.away)
 
 def size_kind(
     xb, # Inputs of a batch

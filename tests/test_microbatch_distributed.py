@@ -169,7 +169,7 @@ AUTO = {
     'on rank 0':auto(4, most={1:5}, ranks=(0,)),
     'on both, in backward':auto(4, most={1:5}, ranks=(0,1), where='backward'),
     'uneven shards':auto(most={1:4}, n=71, dl=Cut),
-    'adam, in backward':auto(2, most={1:3}, n=64, opt='adam', where='backward'),
+    'adam, in backward':auto(3, most={1:3}, n=64, opt='adam', where='backward'),
     'custom denominators':auto(4, counted, most={1:5}, loss=WEIGHTED),
     'bucket views':auto(4, most={1:5}, **views),
     'bucket views, in backward':auto(4, most={1:5}, where='backward', **views),
@@ -184,8 +184,8 @@ AUTO = {
     'once':auto(most={1:5, 2:BS}),
     'later':auto(most={3:5}, opt='adam'),
     'later, in backward':auto(most={3:5}, opt='adam', where='backward'),
-    'within a batch':auto(most={1:5, 8:3}), # the second of four parts of the second batch
-    'within a batch, in backward':auto(most={1:5, 8:3}, where='backward'),
+    'within a batch':auto(most={1:5, 11:3}), # the second of four parts of the second batch
+    'within a batch, in backward':auto(most={1:5, 11:3}, where='backward'),
     'in validation':auto(most={1:3}, training_part=False),
     'inputs of different shapes':auto(most={1:5}, model=Mean, cbs=lambda: [Rows(), Shift()]),
 }
@@ -244,9 +244,10 @@ def traced(r):
     res = SimpleNamespace(trace=SimpleNamespace(steps=r['steps'], batches=r['batches']))
     if r['rec']: res.recorder = SimpleNamespace(**r['rec'])
     return res
-def halved(n, most):
-    "`n`, and half of that as often as there is no memory for it"
-    return [n] + (halved((n+1)//2, most) if n>most else [])
+def tried(n, most):
+    "`n` samples in 1, 2, 3, 4, 6, 8, ... parts, until there is memory for one: their sizes"
+    sizes = [-(-n//k) for k in (1,2,3,4,6,8,12,16)]
+    return [*dict.fromkeys(s for s in sizes if s>most), next(s for s in sizes if s<=most)]
 
 @pytest.mark.parametrize('name', [k for k in CASES if k not in {**ERRORS, **LAST}])
 def test_same_run(name, two):
@@ -273,7 +274,7 @@ def test_all_reduces(name, two):
         assert a['synced'] and b['synced'] and len(a['log'])==len(a['steps'])-2*(name=='backward cancelled')
         # whoever cancels the backward pass of a whole batch leaves DDP waiting for one, which is the next batch's first
         assert name=='backward cancelled' or [n for n in b['log'] if n!=1]==a['log']
-        retries = sum(len(halved(BS if train else BS//WORLD, n))-1 for (train,_),n in b['found'].items())
+        retries = sum(len(tried(BS if train else BS//WORLD, n))-1 for (train,_),n in b['found'].items())
         assert b['log'].count(1)==(len(b['batches'])+b['n_valid']+retries if b['auto'] else 0)
 
 @pytest.mark.parametrize('name', [f'auto: {k}' for k in AUTO])
@@ -281,8 +282,8 @@ def test_size(name, two):
     "Both processes find the size that the one with less memory needs, for training or for validation"
     c = CASES[name]
     train = c.limits.get('training_part', True)
-    sizes = halved(BS if train else BS//WORLD, min(c.limits.get('most', {0:BS}).values()))
-    if name=='auto: once': sizes = halved(BS, BS//2)
+    sizes = tried(BS if train else BS//WORLD, min(c.limits.get('most', {0:BS}).values()))
+    if name=='auto: once': sizes = tried(BS, BS//2)
     for _,b in two(name):
         assert list(b['found'].values())==sizes[-1:]*(len(sizes)>1)
         assert b['bs']==(sizes[-1] if train else BS)

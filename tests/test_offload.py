@@ -1,10 +1,12 @@
 "What autograd saves is kept in the host's memory, on a CPU that is taken for an accelerator: `MicroBatch(offload='cpu')`"
 import types,weakref
 import pytest
+import test_oom as oom
 from torch.utils.checkpoint import checkpoint
 from fastai_accum import batchnorm,microbatch,offload
 from fastai_accum.offload import Offload
 from test_companions import Mixed,images
+from test_oom import little_garbage
 from common import *
 
 N,BS = 21,8 # batches of 8, 8 and 5
@@ -23,6 +25,8 @@ class Host(Offload):
     alive,logs = weakref.WeakSet(),[]
     def __init__(self): super().__init__(); self.log = [],[]; self.alive.add(self); self.logs.append(self.log)
     def stays(self, t): return super().stays(Elsewhere(t))
+    @staticmethod
+    def helps(device): return True
     def pack(self, t):
         n,res = len(self.seen),super().pack(t)
         for o in self.log[:1+(len(self.seen)>n)]: o.append(t.detach()) # held, so that no other has its address
@@ -109,3 +113,56 @@ def test_cpu():
     x = torch.ones(3, requires_grad=True)
     with Offload()(): y = x.exp()
     assert y.grad_fn._saved_result.data_ptr()==y.data_ptr()
+
+# ---- `'auto'` where one sample is too much
+
+class Tight(oom.Memory):
+    "Not enough for two samples at once, and for one only if its activations are on the host"
+    def lacks(self, i, n): return n>self.k or not Host.alive and self.k<oom.MAX
+def tight(mb, where='forward', k=1, valid=0, norm=oom.Running):
+    "A learner that has memory for `valid` samples in validation"
+    mem = Tight(k)
+    room = Callback(before_train=lambda self: setattr(mem, 'k', k), before_validate=lambda self: setattr(mem, 'k', valid))
+    return oom.make(mb, mem, where, norm=norm, sizes=[5,3,5], cbs=[room])
+def fit_once(l): l.fit(1, 0.05)
+
+@pytest.mark.parametrize('where', ('forward','loss','backward','after_backward'))
+@pytest.mark.parametrize('kw', (dict(), dict(sync_bn='stats'), dict(sync_loss=True)), ids=str)
+def test_one_sample_is_too_much(where, kw, hosts, capsys):
+    "It is the run of somebody who had foreseen it, bit for bit"
+    if 'sync_loss' in kw and where!='backward': return # the loss is of all samples
+    auto = run(tight(MicroBatch('auto', valid=False, **kw), where, valid=oom.MAX), fit_once)
+    assert capsys.readouterr().out.splitlines()[-1]=="MicroBatch: one sample does not fit in memory in training, going on with `offload`='cpu'"
+    assert auto.micro_batch.bs==1 and auto.micro_batch.sizes.away
+    fixed = run(oom.make(MicroBatch(1, offload='cpu', **kw), None, where, norm=oom.Running, sizes=[5,3,5]), fit_once)
+    oom.same(fixed, auto)
+    oom.clean(auto)
+
+@pytest.mark.parametrize('kw,k,tried', ((dict(offload=None),1,False), (dict(offload='cpu'),0,False), (dict(sync_bn=True),0,False), (dict(),0,True)), ids=str)
+def test_nothing_left_to_try(kw, k, tried, hosts):
+    "The error that it was, with advice; offloading is tried once, and not against an express `offload`"
+    l = tight(MicroBatch('auto', valid=False, **kw), k=k, norm=oom.bn if 'sync_bn' in kw else oom.Running)
+    with pytest.raises(torch.OutOfMemoryError, match="with 1 of a batch's 5 samples. Take smaller inputs"): run(l, fit_once)
+    assert not l.exact.seen and bool(l.micro_batch.sizes.away)==tried
+    if 'sync_bn' not in kw: assert l.model[1][3].mem.asked==[5,2,1,1,1][:5 if tried else 4]
+    oom.clean(l)
+
+def test_one_sample_elsewhere(hosts, monkeypatch, capsys):
+    "In validation there is nothing to offload; nor on a CPU"
+    l = tight(MicroBatch('auto'), k=1)
+    with pytest.raises(torch.OutOfMemoryError, match="with 1 of a batch's 16 samples"): run(l, fit_once)
+    assert 'in validation, going on with 1\n' in capsys.readouterr().out and len(l.exact.seen)==3
+    l = oom.make(MicroBatch('auto'), oom.Memory(0))
+    with pytest.raises(torch.OutOfMemoryError, match="with 1 of a batch's 16 samples"): l.validate()
+    monkeypatch.undo()
+    l = tight(MicroBatch('auto', valid=False))
+    with pytest.raises(torch.OutOfMemoryError, match="with 1 of a batch's 5 samples"): run(l, fit_once)
+
+def test_larger_samples_only(hosts):
+    "Shorter texts stay whole, and on the device"
+    class Long(oom.Memory):
+        def lacks(self, i, n): return n>64 and not Host.alive
+    away = []
+    seen = Callback(after_batch=lambda self: away.append((len(hosts.logs), self.micro_batch.bs)))
+    oom.texts([(4,8),(4,128),(4,8),(4,128)], MicroBatch('auto'), Long(), 'tensor', seen)
+    assert away==[(0,4), (4,1), (4,4), (8,1)]

@@ -154,6 +154,7 @@ def both(mem, where='forward', cbs=list, mb=MicroBatch, **kwargs):
     same(fixed, auto)
     return fixed,auto
 
+LADDER = sorted({2**i for i in range(1, 9)} | {3*2**i for i in range(8)})
 def foretell(batches, mem, where='forward'):
     "For each of `batches`, (samples, training): the size it will end up with, and which call to `mem` is the first at that size; and what will be printed"
     sizes,lines,res,i = {},[],[],0
@@ -165,7 +166,7 @@ def foretell(batches, mem, where='forward'):
             if bad is None: break
             if bs==1: return res,lines
             i += bad+1
-            sizes[train] = -(-bs//2)
+            sizes[train] = next(size for parts in LADDER if (size := math.ceil(n/parts))<math.ceil(n/k))
             lines.append((bs,'training' if train else 'validation',sizes[train]))
             bs = sizes[train]
         res.append((bs,i))
@@ -173,12 +174,13 @@ def foretell(batches, mem, where='forward'):
     return res,lines
 
 def printed(capsys):
-    "Samples, part of training and what is half of these in each line, which is all that was printed"
+    "Samples, part of training and what is tried next in each line, which is all that was printed"
     out = capsys.readouterr().out
     res = re.findall(r'^MicroBatch: (\d+) samples at once do not fit in memory in (training|validation), going on with (\d+)\n', out, re.M)
     assert len(res)==out.count('\n')
     return [(int(a),b,int(c)) for a,b,c in res]
-LINES = [(32,'training',16),(16,'training',8)]
+LINES = [(32,'training',16),(16,'training',11),(11,'training',8)]
+DOWN = [32,16,10,11] # what is asked for on the way to 8: all, half, and two of three parts, which are uneven
 
 def depth():
     "How many autocasts are entered"
@@ -227,7 +229,7 @@ def test_places(where, dtype, capsys):
     "Wherever memory ends: gradients, weights, buffers, optimizer state, losses, predictions and random numbers are those of `MicroBatch(8)`"
     mem = Memory(10)
     _,auto = both(mem, where, dtype=dtype)
-    assert mem.asked[:6]==[32,16,8,8,8,8] and printed(capsys)==LINES + ([] if where in TRAIN_ONLY else [(16,'validation',8)])
+    assert mem.asked[:8]==[*DOWN,8,8,8,8] and printed(capsys)==LINES + ([] if where in TRAIN_ONLY else [(16,'validation',8)])
     clean(auto)
 
 @pytest.mark.parametrize('dtype', (f64,f32), ids=str)
@@ -237,7 +239,7 @@ def test_plain(where, dtype):
     def model(mem): return lambda: nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Tanh(), Place(mem, where)), nn.Linear(8, 3))
     mems = Memory(),Memory(10)
     plain,auto = (go(mb, mem, where, dtype=dtype, model=model(mem)) for mb,mem in zip((None,MicroBatch('auto')), mems))
-    assert mems[1].asked[:3]==[32,16,8]
+    assert mems[1].asked[:5]==[*DOWN,8]
     assert_same_run(plain, auto, 1e-12 if dtype==f64 else 1e-5)
 
 @pytest.mark.parametrize('where', ('forward','backward'))
@@ -287,8 +289,8 @@ def test_optimizers(opt, fit):
 
 @pytest.mark.parametrize('where', ('forward','backward'))
 @pytest.mark.parametrize('k', (1,3,5,11,13,30))
-def test_halves(k, where, capsys):
-    "Half, rounded up, until what is asked for fits; batches of other sizes may have parts that don't"
+def test_parts(k, where, capsys):
+    "2, 3, 4, 6, 8, 12, ... parts, until what is asked for fits; batches of other sizes may have parts that don't"
     mem,sizes = Memory(k),[29,31,32,7]
     def fit(l): l.fit(1, 0.05)
     auto = go(MicroBatch('auto'), mem, where, sizes, norm=Running, fit=fit)
@@ -307,7 +309,7 @@ def test_no_gradient_before():
     mems = Memory(),Memory(10)
     fixed,auto = (go(mb, model=partial(Extra, mem), opt_func=partial(Adam, wd=0.1)) for mb,mem in zip((MicroBatch(8),MicroBatch('auto')), mems))
     same(fixed, auto)
-    assert mems[1].asked[:3]==[32,16,8] and auto.model.b.weight.grad is None and 'grad_avg' not in auto.opt.state[auto.model.b.weight]
+    assert mems[1].asked[:5]==[*DOWN,8] and auto.model.b.weight.grad is None and 'grad_avg' not in auto.opt.state[auto.model.b.weight]
 
 def test_gradient_before():
     "One that had a gradient, and that only the failed attempt used in this batch, has one of zeros: the optimizer moves it by its momentum"
@@ -316,7 +318,7 @@ def test_gradient_before():
     fixed,auto = one(MicroBatch(MAX), mems[0], Switch([10,8,MAX,8,8,MAX])),one(MicroBatch('auto'), mems[1])
     same(fixed, auto)
     weights = [s['weights'] for s in auto.exact.seen if len(s['pred'][0])!=16]
-    assert mems[1].asked[:4]==[10,32,16,8] and not torch.equal(weights[0][2], weights[1][2])
+    assert mems[1].asked[:6]==[10,*DOWN,8] and not torch.equal(weights[0][2], weights[1][2])
 
 class Words(nn.Module):
     def __init__(self): super().__init__(); self.emb,self.lin = nn.Embedding(11, 4, sparse=True),nn.Linear(4, 3)
@@ -338,7 +340,7 @@ def test_checkpoint(reentrant):
     "Memory ends where a part of the model is computed again, in the backward pass"
     mems = Memory(),Memory(10)
     same(*(go(mb, model=partial(Checkpointed, mem, reentrant)) for mb,mem in zip((MicroBatch(8),MicroBatch('auto')), mems)))
-    assert mems[1].asked[:3]==[32,16,8]
+    assert mems[1].asked[:5]==[*DOWN,8]
 
 class Metric(nn.Module):
     "A loss with a parameter that is trained, and perhaps statistics"
@@ -357,9 +359,9 @@ class Metric(nn.Module):
 def test_loss_that_learns(stats):
     "Where the optimizer has parameters of the loss, their gradients from the failed attempt are dropped too"
     def setup(l): l.splitter = lambda m: [params(m), params(l.loss_func)]
-    mem = Memory(at={0,1,3}) # the second micro-batch of eight samples, when the first has left gradients
-    fixed,auto = (go(mb, loss_func=Metric(m, stats), setup=setup) for mb,m in ((MicroBatch(4),Memory()), (MicroBatch('auto'),mem)))
-    assert mem.asked[:5]==[32,16,8,8,4]
+    mem = Memory(at={0,1,3}) # the second of three micro-batches, when the first has left gradients
+    fixed,auto = (go(mb, loss_func=Metric(m, stats), setup=setup) for mb,m in ((MicroBatch(8),Memory()), (MicroBatch('auto'),mem)))
+    assert mem.asked[:5]==[*DOWN,8]
     same(fixed, auto)
 
 @pytest.mark.parametrize('where', PLACES)
@@ -368,7 +370,7 @@ def test_sync_bn(sync_bn, where):
     "BatchNorm over micro-batches: no statistics of the failed attempt, and no thread, is left"
     mem,threads = Memory(10),threading.active_count()
     both(mem, where, mb=partial(MicroBatch, sync_bn=sync_bn))
-    assert mem.asked[:3]==[32,16,8] and threading.active_count()==threads
+    assert mem.asked[:2]==[32,16] and mem.asked[2] in (10,11) and threading.active_count()==threads
 
 def test_split():
     "Sizes go to a `split` of one's own"
@@ -441,7 +443,7 @@ def test_positions(epoch, batch, j, where, capsys):
     parts = -(-batches[i][0]//bs)
     mem = Memory(8, {at+dict(first=0, middle=parts//2, last=parts-1)[j]})
     auto,(sizes,lines) = go(MicroBatch('auto'), mem, where),foretell(batches, mem, where)
-    assert bs==8 and sizes[i][0]==4 and (8,'validation' if batch=='valid' else 'training',4) in lines and printed(capsys)==lines
+    assert bs==8 and sizes[i][0]<8 and (8,'validation' if batch=='valid' else 'training',sizes[i][0]) in lines and printed(capsys)==lines
     same(go(MicroBatch(MAX, valid=True), None, where, cbs=[Switch(bs for bs,_ in sizes)]), auto)
 
 @pytest.mark.parametrize('valid', (None,True))
@@ -451,7 +453,7 @@ def test_validation(valid):
     def room(self): mem.k = 5 if self.training else 10
     def setup(l): l.model.register_forward_hook(lambda m,i,o: lens[m.training].append(len(o)))
     auto = go(MicroBatch('auto', valid=valid), mem, cbs=[Callback(before_train=room, before_validate=room)], setup=setup)
-    assert auto.micro_batch.bs==4 and lens=={True:([4]*16+[3]*3)*2, False:[8]*4} and mem.asked[:4]==[32,16,8,4]
+    assert auto.micro_batch.bs==4 and lens=={True:([4]*16+[3]*3)*2, False:[8]*4} and mem.asked[:8]==[32,16,10,8,5,5,6,4]
     same(go(MicroBatch(MAX, valid=True), cbs=[Switch(([4]*3+[8])*2)]), auto)
     mem.k = MAX
     auto.validate()
@@ -473,7 +475,7 @@ def test_get_preds(ds_idx, capsys):
         l.remove_cb(Exact)
         return list(l.get_preds(ds_idx, with_loss=True))
     auto = preds(MicroBatch('auto'), 10)
-    assert printed(capsys)==([(32,'validation',16)] if ds_idx==0 else []) + [(16,'validation',8)] and len(auto[0])==len(auto[2])==(16 if ds_idx else N)
+    assert printed(capsys)==([(n,'validation',m) for n,_,m in LINES] if ds_idx==0 else [(16,'validation',8)]) and len(auto[0])==len(auto[2])==(16 if ds_idx else N)
     assert equal(auto, preds(MicroBatch(8, valid=True)))
     for a,b in zip(auto, preds(None)): assert rel(b, a)<=1e-5
 
@@ -488,7 +490,7 @@ def test_second_fit(capsys):
     "A fit starts with what the one before found, and a size never grows back; only a new callback tries again"
     mem = Memory(10)
     auto = go(MicroBatch('auto'), mem, 'backward', fit=lambda l: (fit(l), setattr(mem, 'k', MAX), fit(l)))
-    assert mem.asked==[32,16]+([8]*8+[4,5])*4 and printed(capsys)==LINES and auto.micro_batch.bs==8
+    assert mem.asked==DOWN+([8]*8+[4,5])*4 and printed(capsys)==LINES and auto.micro_batch.bs==8
     same(go(MicroBatch(8), None, 'backward', fit=lambda l: (fit(l), fit(l))), auto)
     auto.to_microbatch().fit(1)
     assert mem.asked[-3:]==[32,32,9] and auto.micro_batch.bs==32
@@ -508,7 +510,7 @@ def test_batch_sizes(capsys):
     log = Callback(after_batch=lambda self: seen.append(self.micro_batch.bs) if self.training else None)
     auto = go(MicroBatch('auto'), mem, 'backward', sizes, cbs=[log])
     one = [5]+[8]*5+[4,5]+[8]*8+[6,7,6,7,7]
-    assert mem.asked==[6,32,16,8,8,8,8,*one,6,8,8,8,8,*one] and seen==[6]+[8]*13 and printed(capsys)==LINES
+    assert mem.asked==[6,*DOWN,8,8,8,8,*one,6,8,8,8,8,*one] and seen==[6]+[8]*13 and printed(capsys)==LINES
     same(go(MicroBatch(MAX, valid=True), None, 'backward', sizes, cbs=[Switch([6]+[8]*6+[MAX]+[8]*7+[MAX])]), auto)
 
 def test_smaller_batch_fails():
@@ -536,9 +538,9 @@ def texts(shapes, mb, mem, form='tensor', *cbs):
     l = Learner(DataLoaders(dl, Batches()), Texts(mem), loss_func=CE(), opt_func=SGD, default_cbs=False, cbs=[TrainEvalCallback(), mb, *cbs, Exact(), Trace()])
     return run(l, lambda l: l.fit(1, 0.1))
 
-SHAPES = {'long ones first': ([8,32,8,16,32,8], [64, 256,128,64,64,64,64, 64, 128,64,64, 64,64,64,64, 64], [8,2,8,4,2,8]),
-          'short ones first': ([16,32,8], [128,64,64, 128,64,64,64,64, 64], [4,2,8]), # what was too much of the shorter is not tried of the longer
-          'classes': ([40,48,24], [320,160,80,80,80,80, 96,96,96,96, 192,96,96], [2,2,4])} # 48 is of the class of 40, 24 of another
+SHAPES = {'long ones first': ([8,32,8,16,32,8], [64, 256,128,64,96,96, 64, 128,64,64, 64,96,96, 64], [8,3,8,4,3,8]),
+          'short ones first': ([16,32,8], [128,64,64, 128,64,96,96, 64], [4,3,8]), # what was too much of the shorter is not tried of the longer
+          'classes': ([40,48,24], [320,160,80,120,80,80,80,80, 96,96,96,96, 192,96,96], [2,2,4])} # 48 is of the class of 40, 24 of another
 @pytest.mark.parametrize('form', ('tensor','dict'))
 @pytest.mark.parametrize('o', SHAPES)
 def test_shapes(o, form):
@@ -551,9 +553,9 @@ def test_shapes(o, form):
 
 def test_shorter_shape_fails_later():
     "A size found for a shorter class is for the longer ones too, for which another was known"
-    mem = Memory(at={0,3,4}) # long ones come down to 4, then short ones to 2
+    mem = Memory(at={0,3,4}) # long ones come down to 4, then short ones to 3
     texts([(8,32),(8,8),(8,32),(8,4)], MicroBatch('auto'), mem)
-    assert mem.asked==[256,128,128, 64,32,16,16,16,16, 64,64,64,64, 32]
+    assert mem.asked==[256,128,128, 64,32,16,24,24, 64,96,96, 32]
 
 @pytest.mark.parametrize('form', FORMS)
 def test_number_of_samples_is_no_shape(form):
@@ -576,13 +578,13 @@ def test_one_does_not_fit(where, mixed, capsys):
     with pytest.raises(torch.OutOfMemoryError) as e: run(l, fit)
     assert e.value is raised[-1] and 'Tried to allocate 2.00 GiB' in str(e.value)
     assert re.search(r"`MicroBatch` ran out of memory with 1 of a batch's 32 samples\. .*smaller inputs.*to_fp16.*checkpointing", str(e.value))
-    assert mem.asked==[32,16,8,4,2,1] and printed(capsys)==foretell(EPOCH, mem, where)[1] and len(l.xb[0])==len(l.yb[0])==32
+    assert mem.asked==[32,16,10,8,5,4,2,2,1] and printed(capsys)==foretell(EPOCH, mem, where)[1] and len(l.xb[0])==len(l.yb[0])==32
     assert equal(before, state(l))
     clean(l)
     mem.k = MAX
     raised.clear(); del e
     goes_on(l, MicroBatch(1, valid=False))
-    assert mem.asked[6]==1
+    assert mem.asked[9]==1
 
 def throw(e): raise e
 
@@ -598,7 +600,7 @@ def test_one_too_long_text():
     "Of one shape one sample is too many; shorter ones still keep the whole batch"
     mem = Memory(100)
     with pytest.raises(torch.OutOfMemoryError, match="1 of a batch's 8"): texts([(8,8),(8,64),(8,128)], MicroBatch('auto'), mem)
-    assert mem.asked==[64, 512,256,128]+[64]*8+[128]
+    assert mem.asked==[64, 512,256,128,128]+[64]*8+[128]
 
 @pytest.mark.parametrize('mixed', (False,True))
 @pytest.mark.parametrize('k,n', ((1,32), (2,9))) # nine samples in parts of two leave one
@@ -730,7 +732,7 @@ def test_memory_is_free_again(where, o):
     mem,watch = Memory(10, error=kw.pop('error')),[]
     mb,cbs = deepcopy(kw.pop('mb')),kw.pop('cbs')()
     l = go(mb, mem, where, dtype=f32, data=(x,F.one_hot(y, 3).float()), cbs=cbs, setup=lambda l: watch.append(Watch(l.model, mem)), fit=lambda l: l.fit(1, 0.05), **kw)
-    assert l.micro_batch.bs==8 and watch[0].saved>50 and watch[0].left==[0]*(2 if where in TRAIN_ONLY else 3)
+    assert l.micro_batch.bs==8 and watch[0].saved>50 and watch[0].left==[0]*(3 if where in TRAIN_ONLY else 4)
 
 @pytest.mark.parametrize('where', ('forward','backward'))
 def test_memory_of_a_language_model(where):
@@ -739,7 +741,7 @@ def test_memory_of_a_language_model(where):
     l = lm(MicroBatch('auto'), where, mem)
     watch = Watch(l.model[0], mem, {p.shape for p in l.model.parameters()}) # the last weights that `WeightDropout` made stay
     run(l, lambda l: l.fit(1, 0.5))
-    assert l.micro_batch.bs==4 and watch.saved>100 and watch.left==[0]*(2 if where=='backward' else 4)
+    assert l.micro_batch.bs==4 and watch.saved>100 and watch.left==[0]*(3 if where=='backward' else 6)
 
 class Ops(TorchDispatchMode):
     "Count the operations that make something of the size of the first layer's weights"

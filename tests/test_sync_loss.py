@@ -187,10 +187,10 @@ class Fails(torch.autograd.Function):
 
 @pytest.mark.parametrize('where', ('first','second','backward'))
 def test_auto(where):
-    "A batch that does not fit is undone and halved, wherever memory ended; random masks and BatchNorm's statistics too"
+    "A batch that does not fit is undone and split further, wherever memory ended; random masks and BatchNorm's statistics too"
     def net(): return nn.Sequential(Net(p=0.3, norm=nn.BatchNorm1d), Limit(5, where))
     a,b = (run(made(acc, lambda: batch_hard, net), fit) for acc in (one(4),one('auto')))
-    assert b.micro_batch.bs==4 and Limit.seen==2*2*(4+4+3)+3+dict(first=2, second=4, backward=4)[where] # 3 once more, as 3 samples have 3 classes
+    assert b.micro_batch.bs==4 and Limit.seen==2*2*(4+4+3)+3+dict(first=5, second=7, backward=10)[where] # 3 once more, as 3 samples have 3 classes
     assert_same_run(a, b, 0.)
     assert torch.equal(flat(a.records.bufs), flat(b.records.bufs)) and a.records.seen[-1][-1]==b.records.seen[-1][-1]
 
