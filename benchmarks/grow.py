@@ -40,14 +40,14 @@ def run(cbs, lr, seed):
     learn.logger = noop
     learn.fit(MOST)
     r = learn.reaches
-    return dict(samples=r.samples, steps=r.steps, sizes=getattr(learn.accumulate_step, 'sizes', None)) if r.done else None
+    return dict(samples=r.samples, steps=r.steps) if r.done else None
 
 def best(make, seeds):
     "At the learning rates by which most runs arrive: the medians over `seeds`"
     res = []
     for lr in LRS:
         rs = [run(make(), lr, s) for s in seeds]
-        if all(rs): res.append(dict(lr=lr, samples=statistics.median(r['samples'] for r in rs), steps=statistics.median(r['steps'] for r in rs), sizes=rs[0]['sizes']))
+        if all(rs): res.append(dict(lr=lr, samples=statistics.median(r['samples'] for r in rs), steps=statistics.median(r['steps'] for r in rs)))
     return res
 
 if __name__=='__main__':
