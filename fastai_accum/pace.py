@@ -163,7 +163,7 @@ class _Probe(GetAttr):
 
     def fits(self, learn, k, some):
         "Is there enough memory for micro-batches of `k` samples? None if one sample is too few, as for a BatchNorm; if not, an error unless `some` smaller ones fit"
-        try: self.run(learn, [(k,2)]*2) # once to warm up
+        try: self.run(learn, [(k,1 if k>1 else 2),(k,2)]) # the first one is to warm up; `MixUp` takes no batch of one sample
         except Exception as e:
             for event in ('after_cancel_fit','after_fit'): learn(event) # as if it had been cancelled
             learn._end_cleanup()
@@ -189,8 +189,8 @@ class _Probe(GetAttr):
     def rounds(self, learn, sizes, secs):
         "Time all of `sizes` in turns, in 3 rounds at least and 20 at most; yield after each"
         secs_of = {k:v[-1][0]/m*(self.n//k) for (k,m),v in self.times.items()} # of all samples
-        plan,end = [(k,self.n//k if secs_of[k]<0.05 else min(self.n//k, 8)) for k in sizes if k in secs_of],perf_counter()+secs
-        if plan and not self.whole: plan.append((plan[0][0],1))
+        plan,end = [(k,self.n//k if secs_of[k]<0.05 else min(self.n//k, 4)) for k in sizes if k in secs_of],perf_counter()+secs
+        if not self.whole: plan += [(k,1) for k,m in plan if k>1 and m>1][:1]
         self.times = {}
         for i in range(20):
             if i>=3 and perf_counter()>end: break
@@ -201,8 +201,8 @@ class _Probe(GetAttr):
         "Of a micro-batch of each size in the passes, and of a step beside its micro-batches"
         passes,rest = ({o:median(t[i] for t in v) for o,v in self.times.items()} for i in (0,1))
         most = {k:m for k,m in sorted(passes)} # the more micro-batches, the better
-        k,m = first(most.items())
-        once = max(0, (m*passes[k,1]-passes[k,m])/(m-1)) if m>1 and (k,1) in passes else 0. # what is not by micro-batches
+        k,m = first(o for o in most.items() if o[1]>1 and (o[0],1) in passes) or (0,0)
+        once = max(0, (m*passes[k,1]-passes[k,m])/(m-1)) if k else 0. # what is not by micro-batches
         return {k:max(passes[k,m]-once, 1e-9)/m for k,m in most.items()},once+median(rest.values())
 
 # %% ../nbs/10a_pace.ipynb #5e0a7c13

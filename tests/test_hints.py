@@ -139,6 +139,11 @@ def test_batch_norms(way):
         assert hints(learner(64, bs, MicroBatch('auto'), model=normed))==[]
     else: assert said(n=SchedLin(1, 4))==[NORMS]
 
+def test_targets():
+    "How many windows take is not known"
+    learn = learner(64, 8, AccumulateStep(n_targets=32))
+    assert hints(learn)==[] and learn.accumulate_step.effective_bs is None and repr(learn.accumulate_step)=='AccumulateStep(n_targets=32)'
+
 def test_no_batch_norm_and_none_is_false():
     "What is warned of is what `sync_bn=False` does"
     for bs,cls,n in BNS.values():
@@ -186,7 +191,7 @@ def test_one_takes_the_place_of_the_other():
 # ---- arguments that are set later
 
 @pytest.mark.parametrize('first,later,last', (
-    (dict(n_step=4), dict(n_samples=16), dict(n_samples=16)), (dict(n_samples=16), dict(n_step=3), dict(n_step=3)), (dict(n_step=4), dict(leftover='drop'), dict(n_step=4, leftover='drop')),
+    (dict(n_step=4), dict(n_samples=16), dict(n_samples=16)), (dict(n_samples=16), dict(n_step=3), dict(n_step=3)), (dict(n_step=4), dict(n_targets=20), dict(n_targets=20)), (dict(n_step=4), dict(leftover='drop'), dict(n_step=4, leftover='drop')),
     (dict(n_step=4), dict(normalize='none'), dict(n_step=4, normalize='none')), (dict(n_step=4), dict(sync_bn='stats'), dict(n_step=4, sync_bn='stats')), (dict(n_samples=16), dict(n_samples=None, n_step=2), dict(n_step=2))), ids=str)
 @pytest.mark.parametrize('fits', (0,1))
 def test_set_later(first, later, last, fits):
@@ -246,7 +251,7 @@ def test_a_window_that_is_carried_over_goes_on():
     run(other, fit)
     assert other.seen.ns==[32,32, 8+24, 16,16,16]
 
-@pytest.mark.parametrize('cb,event,k,v', ((AccumulateStep(4),'after_backward','n_step',2), (AccumulateStep(4),'after_batch','n_samples',16), (AccumulateStep(4),'before_epoch','leftover','drop'), (AccumulateStep(4),'before_batch','sync_bn','stats'),
+@pytest.mark.parametrize('cb,event,k,v', ((AccumulateStep(4),'after_backward','n_step',2), (AccumulateStep(4),'after_batch','n_samples',16), (AccumulateStep(4),'before_epoch','leftover','drop'), (AccumulateStep(4),'before_epoch','n_step','noise'), (AccumulateStep(4),'before_batch','sync_bn','stats'),
     (MicroBatch(4),'after_backward','bs',2), (MicroBatch(4),'before_batch','sync_bn',True), (MicroBatch(4),'before_batch','bs','auto'), (MicroBatch(4),'before_batch','bs','fast')), ids=str)
 def test_too_late(cb, event, k, v):
     "Within a fit that goes by it, an argument is refused, and nothing of the fit stays"
