@@ -103,8 +103,8 @@ class AccumulateStep(Host):
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
 
     def check_change(self, name, v):
-        if self.fitting and (name not in self.units or self.part is not None or 'noise' in (v,self.n_step)):
-            raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; a number for `n_step`, `n_samples` or `n_targets` also in `before_epoch` or `after_epoch`, "
+        if self.fitting and (name not in self.units or self.part is not None):
+            raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `n_step`, `n_samples` and `n_targets` also in `before_epoch` or `after_epoch`, "
                              "or let them be a function of training progress, such as `SchedLin(1, 8)`")
 
     def instead(self, name, v): return {k:None for k in self.units if k!=name} if name in self.units and v is not None else {}

@@ -324,8 +324,9 @@ def _beside(self:MicroBatch, bs, n):
 
 @patch
 def _advice(self:MicroBatch, bs):
-    return ("Take smaller inputs or a smaller model, mixed precision (`learn.to_fp16()`), gradient checkpointing, or another optimizer" if bs==1
-            else f"Pass a number smaller than `bs`={bs}, or `bs`='auto'")
+    if bs>1: return f"Pass a number smaller than `bs`={bs}, or `bs`='auto'"
+    away = "`offload`='cpu', " if not self.auto and self.offload=='auto' and self.sync_bn is not True and Offload.helps(one_param(self.model).device) else ''
+    return f"Take smaller inputs or a smaller model, mixed precision (`learn.to_fp16()`), {away}gradient checkpointing, or another optimizer"
 
 # %% ../nbs/10_microbatch.ipynb #191950ee
 @patch

@@ -236,6 +236,7 @@ def micro_find(self:Learner,
     if num_distrib()>1:
         raise ValueError(f"this is one of {num_distrib()} processes, which would have to find the same size: call `micro_find` in a process of its own, and pass `MicroBatch` the number")
     mem = PeakMemory(torch.device(getattr(self.dls, 'device', None) or one_param(self.model).device))
+    self.model.to(mem.device) # where `fit` would put it
     grads = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
     was,room = mem.now-grads,mem.room
     with unchanged(self),self.no_logging():

@@ -19,7 +19,7 @@ class Figures:
 
     def retries(self)->int:
         "How often the allocator has given back what it kept and asked again"
-        return torch.cuda.memory_stats(self.device).get('num_alloc_retries', 0)
+        return torch.cuda.memory_stats_as_nested_dict(self.device).get('num_alloc_retries', 0)
 
     def free(self)->float:
         "The share of memory that nobody has taken"

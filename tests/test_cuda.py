@@ -2,7 +2,7 @@
 import gc,resource,threading
 import pytest
 from fastai.vision.all import models
-from fastai_accum import batchnorm
+from fastai_accum import batchnorm,scarce as scarce_
 from common import *
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
@@ -454,6 +454,28 @@ def test_offload():
     (on,_),(off,_),(large,_),(small,_) = peak(64, exact(8)),peak(64, exact(8, offload=None)),peak(64),peak(64, MicroBatch(8))
     print(f'exact BatchNorm of 8x8: {on} with offload, {off} without; plain bs=64 {large}, MicroBatch(8) {small} bytes')
     assert small < on < off
+
+def test_offload_of_micro_batches():
+    "Nor are those of a plain micro-batch"
+    on,off = (normed(MicroBatch(8, offload=o)) for o in ('cpu',None))
+    same_norms(off, on, 1e-12)
+    (on,_),(off,_) = (peak(64, MicroBatch(8, offload=o)) for o in ('cpu',None))
+    print(f'MicroBatch(8): {on} with offload, {off} without')
+    assert on < off
+
+def test_figures():
+    "What `MicroBatch('auto')` asks the device, and the memory that `margin` leaves free"
+    device = scarce_.figures(torch.device('cuda'))
+    start = device.mark()
+    torch.randn(2**20, device=DEV).sum()
+    end = device.mark()
+    torch.cuda.synchronize()
+    assert end.query() and start.elapsed_time(end)>=0 and device.retries()>=0 and 0<device.free()<1 and 0<device.kept()<1
+    was = device.limit()
+    with scarce_.leaving_free(device, 0.5):
+        assert 0<device.limit()<=0.5
+        with pytest.raises(torch.OutOfMemoryError): torch.empty(int(0.6*torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device=DEV)
+    assert device.limit()==was
 
 def test_no_sync_of_exact_norms(lax_after):
     "With activations on the device, the host waits for nothing from the start of a batch until its gradients are complete"

@@ -2,6 +2,7 @@
 import types,weakref
 import pytest
 import test_oom as oom
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from fastai_accum import batchnorm,microbatch,offload
 from fastai_accum.offload import Offload
@@ -114,6 +115,52 @@ def test_cpu():
     with Offload()(): y = x.exp()
     assert y.grad_fn._saved_result.data_ptr()==y.data_ptr()
 
+# ---- copies in a stream of their own: here each is made as late as possible, and finds nothing where nobody has held the memory until then
+
+class Event:
+    def __init__(self, stream): self.stream,self.n = stream,stream.n_begun
+class Stream:
+    "Copies that wait until somebody waits for them"
+    def __init__(self, device=None): self.todo,self.n_begun,self.n_done = [],0,0
+    def wait_stream(self, o): pass # what is computed is there at once
+    def record_event(self): return Event(self)
+    def begin(self, f): self.todo.append(f); self.n_begun += 1
+    def until(self, n):
+        while self.n_done<n: self.todo.pop(0)(); self.n_done += 1
+class Now(Stream):
+    "The stream that computes"
+    def wait_event(self, e): e.stream.until(e.n)
+    def wait_stream(self, o): o.until(o.n_begun)
+class Late(torch.overrides.TorchFunctionMode):
+    "`copy_` in stream `o`"
+    def __init__(self, o): super().__init__(); self.o = o
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is not torch.Tensor.copy_: return f(*args, **(kwargs or {}))
+        host,v,at = args[0].detach(),args[1].detach().clone(),StorageWeakRef(args[1].untyped_storage())
+        self.o.begin(lambda: host.fill_(math.nan if v.is_floating_point() else 0) if at.expired() else host.copy_(v)) # others may have the memory
+        return args[0]
+LIB = types.SimpleNamespace(Stream=Stream, stream=Late, current_stream=lambda device, now=Now(): now)
+
+class Streams(Host):
+    "Offload by streams, and note how many copies were under way at once"
+    most = 0
+    def copies(self, device):
+        if device not in self.streams: self.streams[device] = offload.Copies(device, lib=LIB)
+        return self.streams[device]
+    def pack(self, t):
+        res = Offload.pack(self, t)
+        for o in self.streams.values(): Streams.most = max(Streams.most, len(o.under_way))
+        return res
+
+@pytest.mark.parametrize('kw', (dict(), dict(sync_bn=True), dict(sync_loss=True), dict(bs='auto')), ids=str)
+def test_streams(kw, monkeypatch):
+    "The same run to the bit, with at most two copies under way"
+    for m in (batchnorm,microbatch): monkeypatch.setattr(m, 'Offload', Streams)
+    Streams.most = 0
+    off,on = (run(one(MicroBatch(**{'bs':3, **kw}, offload=o)), fit) for o in (None,'cpu'))
+    assert Streams.most==2
+    for s,t in zip(off.trace.steps, on.trace.steps): assert torch.equal(s['weights'], t['weights'])
+
 # ---- `'auto'` where one sample is too much
 
 class Tight(oom.Memory):
@@ -146,6 +193,12 @@ def test_nothing_left_to_try(kw, k, tried, hosts):
     assert not l.exact.seen and bool(l.micro_batch.sizes.away)==tried
     if 'sync_bn' not in kw: assert l.model[1][3].mem.asked==[5,2,1,1,1][:5 if tried else 4]
     oom.clean(l)
+
+@pytest.mark.parametrize('kw,named', ((dict(),True), (dict(offload=None),False), (dict(offload='cpu'),False)), ids=str)
+def test_advice_for_a_number(kw, named, hosts):
+    "With a number, memory of the host is named as a cure, unless there is a word about it already"
+    with pytest.raises(torch.OutOfMemoryError, match="with 1 of a batch's 5 samples. Take smaller inputs") as e: run(tight(MicroBatch(1, valid=False, **kw), k=0), fit_once)
+    assert ("`offload`='cpu'" in str(e.value))==named
 
 def test_one_sample_elsewhere(hosts, monkeypatch, capsys):
     "In validation there is nothing to offload; nor on a CPU"
