@@ -512,7 +512,7 @@ def test_bs_find_within_a_window():
     "It leaves all as it was, also the window that is open"
     for way,event in itertools.product(WAYS, ('before_batch','after_batch','after_step')):
         bs,acc = WAYS[way]
-        at = At(event, lambda l: l.bs_find(n_it=3, show_plot=False), k=2)
+        at = At(event, lambda l: l.bs_find(n_it=3, show_plot=False, pace=False), k=2)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             plain,small = (run(learner(N, bs, acc(), cbs=cbs), fit) for cbs in ((), at))
@@ -542,7 +542,7 @@ def test_arguments_of_tools(call, match):
     assert torch.equal(before, flat(learn.model.parameters())) and learn.opt is None and len(learn.cbs)==2
     run(learn, fit)
 
-@pytest.mark.parametrize('call', (Self.bs_find(show_plot=False), Self.check_accumulation()), ids=('bs_find','check_accumulation'))
+@pytest.mark.parametrize('call', (Self.bs_find(show_plot=False, pace=False), Self.check_accumulation()), ids=('bs_find','check_accumulation'))
 def test_tools_with_nothing_to_learn(call):
     "A frozen model, one without parameters, batches without targets"
     for model in (net, nn.Identity):
