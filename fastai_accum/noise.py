@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .losses import *
 from .window import *
 from .patching import *
-from .hosts import check_trainable
+from .hosts import check_trainable,loader_bs
 from .accumulate import AccumulateStep
 from .microbatch import MicroBatch
 from .pace import *
@@ -226,7 +226,7 @@ SuggestedBS = namedtuple('SuggestedBS', 'noise_scale interval batch_size n_step 
 def _accumulator(learn):
     "A callback that splits steps in at least two micro-batches: the learner's own, or one to take its place"
     acc,dl = first(cb for cb in learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch))),learn.dls.train
-    bs = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    bs = loader_bs(dl)
     if (bs if isinstance(acc, MicroBatch) else len(dl))==1:
         raise ValueError("there is nothing smaller than a step to measure, as an epoch is one batch or a batch is one sample: "
                          f"{bs=}, {len(dl)=}. Take another batch size")
