@@ -195,6 +195,17 @@ def test_dropped_micro_batches_move_nothing(n, acc):
     for l in (large,small): run(l, lambda l: l.fit(1))
     same(large, small)
 
+@pytest.mark.parametrize('n', (78,80))
+def test_dropped_samples_of_a_torch_loader(n):
+    "PyTorch's loader, with a last micro-batch that may not fill its window"
+    def made(bs, acc=None):
+        learn = learner(n, bs, acc)
+        learn.dls.loaders[0] = torch.utils.data.DataLoader(learn.dls.train.dataset, batch_size=bs, drop_last=acc is None)
+        return learn
+    large,small = made(16),made(BS, AccumulateStep(n_samples=16, leftover='drop'))
+    for l in (large,small): run(l, lambda l: l.fit_one_cycle(2, 0.02))
+    assert_same_run(large, small, 1e-12, batches=False)
+
 def test_loader_longer_than_its_len():
     "A window that is closed too early, as the loader's end was expected, is told"
     class Long(DataLoader):
