@@ -594,6 +594,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_accum.losses._of_python': ('losses.html#_of_python', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._one_of': ('losses.html#_one_of', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._picks': ('losses.html#_picks', 'fastai_accum/losses.py'),
+                                     'fastai_accum.losses._product': ('losses.html#_product', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._reduced': ('losses.html#_reduced', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._scaled': ('losses.html#_scaled', 'fastai_accum/losses.py'),
                                      'fastai_accum.losses._second': ('losses.html#_second', 'fastai_accum/losses.py'),
