@@ -40,21 +40,21 @@ def run(cbs, lr, seed):
     learn.logger = noop
     learn.fit(MOST)
     r = learn.reaches
-    return dict(samples=r.samples, steps=r.steps, sizes=getattr(learn.accumulate_step, 'sizes', None)) if r.done else None
+    return dict(samples=r.samples, steps=r.steps) if r.done else None
 
 def best(make, seeds):
     "At the learning rates by which most runs arrive: the medians over `seeds`"
     res = []
     for lr in LRS:
         rs = [run(make(), lr, s) for s in seeds]
-        if all(rs): res.append(dict(lr=lr, samples=statistics.median(r['samples'] for r in rs), steps=statistics.median(r['steps'] for r in rs), sizes=rs[0]['sizes']))
+        if all(rs): res.append(dict(lr=lr, samples=statistics.median(r['samples'] for r in rs), steps=statistics.median(r['steps'] for r in rs)))
     return res
 
 if __name__=='__main__':
     p = argparse.ArgumentParser()
     p.add_argument('--seeds', type=int, default=3)
     seeds = range(p.parse_args().seeds)
-    ways = {f'n_step={n}':(lambda n=n: [AccumulateStep(n)]) for n in (2,8,32)}
+    ways = {f'n_step={n}':(lambda n=n: [AccumulateStep(n)]) for n in (2,4,8,32)}
     ways |= {f"'noise', lr_rule={r!r}":(lambda r=r: [AccumulateStep('noise', max_n_step=64, lr_rule=r),NoiseScale()]) for r in (None,'sqrt','linear')}
     out = {}
     for name,make in ways.items():

@@ -429,7 +429,7 @@ def clash(self:AccumulateStep, cb):
 @patch
 @delegates(AccumulateStep)
 def to_accum(self:Learner,
-    n_step:int|Callable|None=None, # Micro-batches that make a step
+    n_step:int|Callable|str|None=None, # Micro-batches that make a step, or what else `AccumulateStep` takes
     **kwargs
 ):
     "Accumulate gradients in every fit from now on, with these arguments of `AccumulateStep`; it takes the place of another one, or of a `MicroBatch`"

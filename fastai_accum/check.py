@@ -519,7 +519,7 @@ def check_accumulation(self:Learner,
     device:str|torch.device|None=None # Where to compute, such as 'cpu'; None: where the learner does
 )->AccumulationCheck:
     "Compare the gradient of a few micro-batches with that of the large batch, and find out why they differ; the learner stays as it is"
-    check_size('n_step', n_step)
+    check_size('n_step', n_step, ', and a callback as `cb`' if isinstance(n_step, Callback) else '')
     check_trainable(self)
     if dl is not None and (isinstance(dl, (str,dict)) or not hasattr(dl, '__iter__')): raise ValueError(f"`dl`={dl!r}: pass a loader or a list of batches, or None")
     if not isinstance(cb, (Callback,type(None))):

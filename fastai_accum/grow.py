@@ -14,7 +14,7 @@ from .noise import NoiseScale
 
 # %% ../nbs/17_grow.ipynb #9caa2918
 class FollowNoise:
-    "How many micro-batches the windows of `acc` have: as many as the noise scale has samples, so far as it is known"
+    "How many micro-batches the windows of `acc` have: as many as make up the noise scale, as far as it is known"
     least,after = 2,10 # micro-batches, of which one alone would not show the noise; steps before the first estimate is taken
     def __init__(self,
         acc, # An `AccumulateStep`

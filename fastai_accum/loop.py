@@ -10,8 +10,10 @@ import math,torch
 from collections.abc import Callable
 from contextlib import contextmanager,nullcontext
 from fastcore.basics import patch,store_attr
+from textwrap import shorten
 from torch import nn
 from warnings import warn
+from weakref import ref as weak
 from .losses import *
 from .processes import *
 from .window import *
@@ -36,7 +38,8 @@ class Accumulator:
         store_attr()
         self._check()
         self.unit,self.size = ('n_step',n_step or math.inf) if n_samples is None else ('n_samples',n_samples)
-        self.win,self.expect,self.losses = None,1,[]
+        self.win,self.expect,self.losses,self.told = None,1,[],False # the open window; micro-batches it is likely to have; losses of steps; was there a warning of steps within windows
+        self._watch_steps()
         self._prepare()
 
     def backward(self,
@@ -44,7 +47,7 @@ class Accumulator:
         *targs # Its targets, as `loss_func` takes them
     )->torch.Tensor: # The micro-batch's loss, detached
         "Compute a micro-batch's loss and differentiate it; step, and zero the gradients, if its window is full"
-        loss = self.loss_func(pred, *targs)
+        loss = self._loss(pred, targs)
         n = self._samples(loss, pred, targs)
         with self._or_drop(), without_autocast(loss.device.type): self._add(loss, pred, targs, n)
         return loss.detach()
@@ -121,7 +124,7 @@ def _check(self:Accumulator):
         scaler=(self.scaler is None or has(self.scaler, 'scale', 'unscale_', 'step', 'update'), 'a `torch.amp.GradScaler`'),
         **{k:((f := getattr(self, k)) is None or has(f, '__call__'), 'a function that takes no arguments') for k in ('before_step','after_step')})
     for k,(ok,what) in wants.items():
-        if not ok: raise ValueError(f"`{k}`={str(getattr(self, k))[:80]}: an `Accumulator` takes {what} here")
+        if not ok: raise ValueError(f"`{k}`={shorten(str(getattr(self, k)), 80, placeholder=' ...')}: an `Accumulator` takes {what} here")
     if self.n_step is not None and self.n_samples is not None:
         raise ValueError(f"`n_step`={self.n_step!r} and `n_samples`={self.n_samples!r}: pass only one of them")
     for k in ('n_step','n_samples'):
@@ -149,6 +152,25 @@ def without_autocast(
 ):
     "A context for backward passes and steps, as autocast is for forward passes"
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+@patch
+def _watch_steps(self:Accumulator):
+    "From now on, warn if the loop itself steps within a window"
+    if not hasattr(self.opt, 'register_step_pre_hook'): return # it is none of PyTorch's
+    acc = weak(self) # the optimizer may live longer
+    def look(*_):
+        if (o := acc()) is None or o.win is None or o.told: return
+        o.told = True
+        warn("`opt.step()` was called within a window, so weights moved between its micro-batches, and the run is not the large batch's: take it out of the loop, as `acc.backward` and `acc.flush` make the steps")
+    self.opt.register_step_pre_hook(look)
+
+@patch
+def _loss(self:Accumulator, pred, targs):
+    "The loss of a micro-batch; an error that tells what to pass if `pred` is a loss already"
+    try: return self.loss_func(pred, *targs)
+    except Exception as e:
+        if not isinstance(pred, torch.Tensor) or pred.ndim: raise
+        raise ValueError(f"`pred` is one number, as a loss is, and `loss_func` can't take it ({e}): pass what the model returned, and its targets, as in `acc.backward(model(x), y)`") from e
 
 @patch
 def _samples(self:Accumulator, loss, pred, targs):

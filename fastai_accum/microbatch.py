@@ -100,7 +100,7 @@ class MicroBatch(Host):
         sync_loss:bool=False, # The loss sees the whole batch, whatever it computes: it is computed once, from the outputs for all samples, and each micro-batch has a second forward pass
         pool:bool=False, # With several processes, is a step the mean over what counts in all of them? False: the mean of their means, as without the callback
         unsharded:str|None='grads', # What a model of `fully_shard` keeps whole within a batch: 'grads', 'all' (parameters too), or None, which sends gradients after each micro-batch
-        margin:float=0. # With 'auto' on CUDA, the share of the device's memory that micro-batches leave free
+        margin:float=0. # With 'auto' and 'fast' on CUDA, the share of the device's memory that micro-batches leave free
     ):
         if bs not in ('auto','fast'): check_size('bs', bs, ", 'auto' or 'fast'")
         check_normalize(normalize)
@@ -160,7 +160,7 @@ class MicroBatch(Host):
     def before_train(self):
         check_trainable(self.learn)
         if self.watch: self.watch.forget() # validation has had the memory
-        if not self.auto: self.hint('windows', split_hint(self.bs, loader_bs(self.dls.train)))
+        if self.fitting: self.hint('windows', split_hint(None if self.auto else self.bs, loader_bs(self.learn.dl), len(self.learn.dl)))
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         self.reducer = reducer_of(self.model, self.unsharded)
@@ -337,8 +337,9 @@ def _beside(self:MicroBatch, bs, n):
 
 @patch
 def _advice(self:MicroBatch, bs):
-    return ("Take smaller inputs or a smaller model, mixed precision (`learn.to_fp16()`), gradient checkpointing, or another optimizer" if bs==1
-            else f"Pass a number smaller than `bs`={bs}, or `bs`='auto'")
+    if bs>1: return f"Pass a number smaller than `bs`={bs}, or `bs`='auto'"
+    away = "`offload`='cpu', " if not self.auto and self.offload=='auto' and self.sync_bn is not True and Offload.helps(one_param(self.model).device) else ''
+    return f"Take smaller inputs or a smaller model, mixed precision (`learn.to_fp16()`), {away}gradient checkpointing, or another optimizer"
 
 # %% ../nbs/10_microbatch.ipynb #191950ee
 @patch

@@ -85,7 +85,7 @@ class NoiseScale(Callback):
         if getattr(self.acc, 'sync_loss', False):
             raise ValueError(f"{type(self).__name__} beside {type(self.acc).__name__}(sync_loss=True): a loss that sees the whole batch has no gradient of one micro-batch by itself, so there is none to compare. Leave out `sync_loss`, "
                              "if the loss is a mean over samples")
-        self.rows,self.win,self.n_rows = [],None,0
+        self.rows,self.win,self.n_rows,self.several = [],None,0,False # was a step made of several micro-batches?
 
     def after_backward(self):
         win = self._window()
@@ -109,10 +109,13 @@ class NoiseScale(Callback):
             G2_B = G2_B*((1 if win.pooled else n_proc)/n)**2
         r,h,s,b2,rest,q = totals
         w = rest/(1-b2).clamp(min=1e-30) # for the last increment, from what all processes have to the global gradient
-        self.n_rows += 1
+        self.n_rows,self.several = self.n_rows+1,self.several or win.begun>1
         self.rows.append(torch.stack([G2_B, r+(G2_B-s)*w, h+rest*w, q, n])[None])
 
-    def after_train(self): self.rows = [torch.cat(self.rows)] if self.rows else [] # one tensor for an epoch
+    def after_train(self):
+        self.rows = [torch.cat(self.rows)] if self.rows else [] # one tensor for an epoch
+        if self.rows and not self.several:
+            self.acc.hint('several', f"each step so far is of one micro-batch, and {self} compares several with their step, so it has only nan: let {self.acc} make smaller micro-batches or larger steps")
 
 # %% ../nbs/13_noise.ipynb #81a388d0
 @patch
@@ -226,6 +229,9 @@ SuggestedBS = namedtuple('SuggestedBS', 'noise_scale interval batch_size n_step 
 def _accumulator(learn):
     "A callback that splits steps in at least two micro-batches: the learner's own, or one to take its place"
     acc,dl = first(cb for cb in learn.cbs if isinstance(cb, (AccumulateStep,MicroBatch))),learn.dls.train
+    if acc is not None and acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in learn.model.modules()):
+        raise ValueError(f"`bs_find` compares gradients of micro-batches, and {acc} has one backward pass for all of them: let BatchNorm see micro-batches while it measures, "
+                         "as in `learn.to_microbatch(8, sync_bn='stats').bs_find()`")
     bs = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
     if (bs if isinstance(acc, MicroBatch) else len(dl))==1:
         raise ValueError("there is nothing smaller than a step to measure, as an epoch is one batch or a batch is one sample: "

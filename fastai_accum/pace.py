@@ -7,6 +7,7 @@ __all__ = ['PeakMemory', 'SuggestedMicro', 'TimeToLoss', 'check_pace', 'time_to_
 
 # %% ../nbs/10a_pace.ipynb #5e0a7c06
 import gc,re,sys
+from matplotlib.ticker import LogLocator
 from statistics import median
 from time import perf_counter
 from fastai.basics import *
@@ -85,6 +86,7 @@ class SuggestedMicro(namedtuple('SuggestedMicro', 'fastest largest throughput me
             ax.set(xlabel='samples in a micro-batch', ylabel=label, xticks=[*self.memory], xticklabels=[*self.memory])
             ax.legend()
         time.set_ylim(0)
+        memory.ticklabel_format(axis='y', useOffset=False)
         return axs
 
 # %% ../nbs/10a_pace.ipynb #5e0a7c11
@@ -320,6 +322,7 @@ class TimeToLoss:
         ax.plot(B, t)
         for size,name,c in ((self.than,'compared with','grey'), (self.fastest,'fastest','C1')): ax.axvline(size, c=c, ls=':', label=f'{name}: {size}')
         ax.set(xscale='log', yscale='log', xlabel='effective batch', ylabel='time to the same loss', ylim=(t.min()/2, t.max()*2))
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2,5))) # room for their labels
         ax.yaxis.set_major_formatter('{x:g}'), ax.yaxis.set_minor_formatter('{x:g}')
         ax.legend()
         return ax

@@ -10,6 +10,7 @@ import random
 from contextlib import contextmanager
 from copy import copy,deepcopy
 from fastai.basics import *
+from .losses import loss_modules
 
 try: from fastai.callback.fp16 import MixedPrecision
 except ImportError: pass # fastai 1, of which no learner comes here
@@ -34,10 +35,11 @@ def autocast_depth():
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 
-def _containers(learn):
+def _containers(learn, mods):
     "Dicts, lists and sets that a fit changes"
-    os = learn,learn.dls,*learn.cbs,*learn.dls.loaders,*learn.model.modules()
+    os = learn,learn.dls,*learn.cbs,*learn.dls.loaders,*mods.modules(),*learn.metrics
     res = [vars(o) for o in os if hasattr(o, '__dict__')]
+    res += [vars(v) for d in res for v in d.values() if isinstance(v, Metric)] # such as the smooth loss of a `Recorder`
     res += [v for d in res for v in d.values() if isinstance(v, (list,dict,set))]
     texts = [getattr(getattr(dl, 'items', None), 'idxs', None) for dl in learn.dls.loaders]
     return res + [ix.items for ix in texts if isinstance(ix, L)] # an `LMDataLoader` shuffles its texts in place
@@ -49,8 +51,9 @@ def unchanged(
     "Whatever happens, leave `learn` as it is: class, weights, gradients, buffers, optimizer, random states, callbacks, records"
     learn.model.to(getattr(learn.dls, 'device', default_device())) # where `fit` would put it
     cls,depth,states = type(learn),autocast_depth(),get_random_states()
-    grads,values = [(p, p.grad) for p in learn.model.parameters()],[(t, t.detach().clone()) for t in (*learn.model.parameters(), *learn.model.buffers())]
-    held = [(o, copy(o)) for o in _containers(learn)]
+    mods = nn.ModuleList([learn.model, *loss_modules(learn.loss_func)])
+    grads,values = [(p, p.grad) for p in mods.parameters()],[(t, t.detach().clone()) for t in (*mods.parameters(), *mods.buffers())]
+    held = [(o, copy(o)) for o in _containers(learn, mods)]
     rngs = [(v, v.getstate()) for o,_ in held if isinstance(o, dict) for v in o.values() if isinstance(v, random.Random)]
     learn.opt = deepcopy(learn.opt, {id(p):p for p,_ in grads})
     for p,_ in grads: p.grad = None

@@ -60,14 +60,15 @@ def check_number(
 def window_size(
     name:str, # The argument's name, for the error
     n, # A positive integer, or a function of training progress that returns a number
-    pct:float=0. # Training progress, 0 to 1
+    pct:float=0., # Training progress, 0 to 1
+    more:str='' # What else it may be, for the error
 )->int: # Micro-batches or samples, at least 1
     "The size of a window that opens at `pct` of training, `n` or `n(pct)` rounded; a `ValueError` if that is none"
     v = n(pct) if callable(n) else n
     if isinstance(v, bool) or not isinstance(v, Real if callable(n) else Integral) or not 0.5 <= v < math.inf:
         at = f' at {pct:.0%} of training' if callable(n) else ''
         raise ValueError(f"`{name}`={v!r}{at}: pass a positive integer, or a function of training progress (0 to 1) that "
-                         "returns a positive number, such as `SchedLin(1, 8)`")
+                         f"returns a positive number, such as `SchedLin(1, 8)`{more}")
     return max(1, round(v))
 
 # %% ../nbs/01_window.ipynb #10ee4a8b
@@ -80,13 +81,14 @@ def check_args(
     words:tuple=() # What else `n_step` may be
 )->str: # Which of 'n_step', 'n_samples' and 'n_targets' says how large a window is
     "A `ValueError` if these can't be the arguments of `AccumulateStep`"
-    sizes = {k:v for k,v in dict(n_step=None if n_step==1 else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
+    sizes = {k:v for k,v in dict(n_step=None if n_step==1 and n_step is not True else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
     if len(sizes)>1: raise ValueError(f"{' and '.join(f'`{k}`={v!r}' for k,v in sizes.items())}: pass only one of them")
     check_normalize(normalize)
     check_choice('leftover', leftover, ('step','drop','carry'))
     (name,n), = sizes.items()
     if n in words: return name
-    for pct in (0.,1.): window_size(name, n, pct)
+    more = ''.join(f', or {o!r}' for o in words) if name=='n_step' else ''
+    for pct in (0.,1.): window_size(name, n, pct, more)
     return name
 
 # %% ../nbs/01_window.ipynb #24684a02
@@ -133,6 +135,8 @@ def _shown(v):
     return getattr(v, '__name__', type(v).__name__)
 
 # %% ../nbs/01_window.ipynb #24684a04
+_no_batch = "an epoch has no batch, so nothing is trained: a loader that leaves out an incomplete last batch (`drop_last=True`) needs at least `bs` samples. Let it have a smaller `bs`"
+
 def window_hint(
     unit:str, # 'n_step' or 'n_samples'
     size, # So many micro-batches or samples make a step, None if nobody said
@@ -141,6 +145,7 @@ def window_hint(
     leftover:str='step' # What becomes of an epoch's last micro-batches
 ):
     "Why such windows may not be what was meant, None if they may"
+    if n_dl==0: return _no_batch
     if size is None: return "neither `n_step` nor `n_samples` is given: each micro-batch makes a step by itself, so nothing is accumulated. Pass how many are to make one, as in `AccumulateStep(4)`"
     if not (k := size if unit=='n_step' else bs and math.ceil(size/bs)): return
     if k==1 and unit=='n_samples': return f"`n_samples`={size} and micro-batches of {bs} samples: each makes a step by itself, so nothing is accumulated. Pass a larger `n_samples`, or let the loader have a smaller `bs`"
@@ -149,11 +154,13 @@ def window_hint(
     return few + (f"`n_step` counts micro-batches; `GradientAccumulation({size})` counts samples, which is `n_samples`={size}" if unit=='n_step' else "Pass a smaller `n_samples`")
 
 def split_hint(
-    bs:int, # Samples in a micro-batch
-    n # Samples in a batch of the loader, None if it does not tell
+    bs, # Samples in a micro-batch, None if they are as many as fit
+    n, # Samples in a batch of the loader, None if it does not tell
+    n_dl=None # Batches in an epoch
 ):
     "Why batches of `n` samples are not split as may have been meant, None if they may be"
-    if n and n<=bs:
+    if n_dl==0: return _no_batch
+    if n and bs and n<=bs:
         return (f"`bs`={bs} and a loader whose batches have {n} samples: each is one micro-batch, so nothing is accumulated. `MicroBatch` splits what the loader yields: let that be the "
                 "effective batch, or take `AccumulateStep`, which makes one step from several batches of the loader")
 

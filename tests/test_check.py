@@ -425,7 +425,7 @@ def test_float32():
     assert list(res.causes)==['batchnorm'], res
 
 def test_errors():
-    for args,text in ((dict(n_step=0), "`n_step`=0"), (dict(cb=AccumulateStep), "`cb`=<class"), (dict(dl=[]), "`dl` gave no batch"), (dict(dl=[(X[:4],Y[:4]),(X[4:8,:3],Y[4:8])]), "batches of `dl` can't be made one")):
+    for args,text in ((dict(n_step=0), "`n_step`=0"), (dict(n_step=AccumulateStep(2)), "and a callback as `cb`"), (dict(cb=AccumulateStep), "`cb`=<class"), (dict(dl=[]), "`dl` gave no batch"), (dict(dl=[(X[:4],Y[:4]),(X[4:8,:3],Y[4:8])]), "batches of `dl` can't be made one")):
         with pytest.raises(ValueError) as e: make().check_accumulation(**args)
         assert text in str(e.value)
 

@@ -118,6 +118,10 @@ def test_windows_that_were_hardly_meant(acc, bs, said):
     assert hints(learn)==said # of two epochs
     assert hints(learn)==said # of another fit
 
+@pytest.mark.parametrize('acc', (AccumulateStep(4),MicroBatch(8),MicroBatch('auto')), ids=str)
+def test_no_batch(acc):
+    with pytest.warns(UserWarning, match='an epoch has no batch, so nothing is trained.*a smaller `bs`'): learner(40, 64, acc, drop_last=True).fit(1)
+
 def test_cures():
     for acc,cure in ((AccumulateStep(32),r'`GradientAccumulation\(32\)` counts samples, which is `n_samples`=32'), (AccumulateStep(),r'`AccumulateStep\(4\)`'), (MicroBatch(32),'take `AccumulateStep`')):
         with pytest.warns(UserWarning, match=cure): run(learner(64, 8, acc), fit)
@@ -216,7 +220,7 @@ def test_set_later_on_a_micro_batch(first, later, last):
     for l in (a,b): run(l, fit)
     assert_same_run(a, b, 0.)
 
-@pytest.mark.parametrize('cb,k,v,why', ((AccumulateStep(4),'n_step',0,'`n_step`=0: pass a positive integer'), (AccumulateStep(4),'n_samples','8',"`n_samples`='8'"), (AccumulateStep(4),'leftover','flush',"`leftover`='flush'"), (AccumulateStep(4),'sync_bn',True,'use `MicroBatch`'),
+@pytest.mark.parametrize('cb,k,v,why', ((AccumulateStep(4),'n_step',0,'`n_step`=0: pass a positive integer'), (AccumulateStep(4),'n_step',True,"`n_step`=True: pass a positive integer.*or 'noise'"), (AccumulateStep(4),'n_samples','8',"`n_samples`='8'"), (AccumulateStep(4),'leftover','flush',"`leftover`='flush'"), (AccumulateStep(4),'sync_bn',True,'use `MicroBatch`'),
     (AccumulateStep(4),'sync_loss',True,r'`MicroBatch\(sync_loss=True\)`'), (MicroBatch(8),'bs',0,'`bs`=0'), (MicroBatch(8, normalize='samples'),'sync_loss',True,'leave out `normalize`'), (MicroBatch(8),'split',3,'`split`=3')), ids=str)
 def test_refused_as_at_construction(cb, k, v, why):
     was = dict(vars(cb))

@@ -1,5 +1,5 @@
 "`Accumulator` in a plain PyTorch loop against the real large batch; this file is also what two processes run"
-import itertools,subprocess
+import itertools,subprocess,warnings
 from collections import Counter,namedtuple
 from types import SimpleNamespace
 import pytest
@@ -385,6 +385,27 @@ def test_refused_in_backward(loss, call, why):
     acc = Accumulator(**good(loss_func=loss))
     with pytest.raises(ValueError, match=why): acc.backward(acc.model(x).mean()) if call is None else acc.backward(acc.model(x), y)
     assert acc.win is None and all(p.grad is None for p in acc.model.parameters())
+
+@pytest.mark.parametrize('args', (lambda l,y: (l,), lambda l,y: (l,y)), ids=('alone','with_targets'))
+def test_loss_in_place_of_output(args):
+    x,y = problem(4)
+    acc = Accumulator(**good())
+    with pytest.raises(ValueError, match=r"is one number, as a loss is.*`acc.backward\(model\(x\), y\)`"): acc.backward(*args(CE(acc.model(x), y), y))
+
+@pytest.mark.parametrize('n_step,warned', ((2,1), (1,0)))
+def test_own_step(n_step, warned):
+    "A loop that steps within a window is told, once; where windows are single micro-batches there is nothing to step"
+    m,o = start()
+    acc = Accumulator(m, o, CE, n_step=n_step)
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        for x,y in cut(problem(16), [4]*4):
+            acc.backward(m(x), y)
+            o.step()
+    assert len([w for w in ws if '`opt.step()` was called within a window' in str(w.message)])==warned
+    del acc
+    m(x).sum().backward()
+    o.step() # the optimizer goes on without it
 
 def test_two_denominators_are_told():
     from fastai.losses import LabelSmoothingCrossEntropy

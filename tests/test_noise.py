@@ -340,6 +340,11 @@ class Stateful(nn.Module):
         self.n += 1
         return x
 
+class Counting(nn.CrossEntropyLoss):
+    "Remembers how often it was computed"
+    def __init__(self): super().__init__(); self.register_buffer('n', torch.zeros(1))
+    def forward(self, *args): self.n += 1; return super().forward(*args)
+
 def norm_net():
     m = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), nn.Dropout(0.3), Stateful())
     m[0].bias.requires_grad_(False)
@@ -347,7 +352,7 @@ def norm_net():
 
 LEARNERS = dict(
     fresh=dict(opt_func=Adam),
-    trained=dict(opt_func=Adam, fit=1),
+    trained=dict(opt_func=Adam, fit=1, loss_func=Counting()),
     torch_optimizer=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), fit=1),
     accumulating=dict(acc=AccumulateStep(2), fit=1, cbs=[NoiseScale()]),
     parts=dict(acc=MicroBatch('auto'), fit=1),
@@ -365,8 +370,8 @@ def made(name, event):
 
 def snapshot(learn):
     "All that can be seen of a learner"
-    dl = learn.dls.train
-    return dict(weights=flat(learn.model.parameters()).tolist(), buffers=flat(learn.model.buffers()).tolist(), grads=[None if p.grad is None else p.grad.tolist() for p in learn.model.parameters()],
+    dl,averages = learn.dls.train,[learn.recorder.smooth_loss,*learn.metrics]
+    return dict(averages=str([vars(o) for o in averages]), loss=flat(loss.buffers()).tolist() if isinstance(loss := learn.loss_func, nn.Module) else None, weights=flat(learn.model.parameters()).tolist(), buffers=flat(learn.model.buffers()).tolist(), grads=[None if p.grad is None else p.grad.tolist() for p in learn.model.parameters()],
         modules=[(sorted(vars(m)),m.training,len(m._forward_hooks),str(getattr(m, 'hidden', None)),getattr(m, 'count', None)) for m in learn.model.modules()],
         opt=None if learn.opt is None else (id(learn.opt),flat(tensors(learn.opt.state_dict()['state'])).tolist(),str(list(learn.opt.hypers))),
         rng=str((random.getstate(),np.random.get_state(),torch.get_rng_state().tolist(),dl.rng.getstate(),id(dl.rng))),
@@ -498,6 +503,18 @@ def test_errors():
     with pytest.raises(ValueError, match='put it beside `AccumulateStep` or `MicroBatch`'): learner(64, 4, NoiseScale()).fit(1)
     with pytest.raises(ValueError, match="sync_bn=True.*Take `sync_bn='stats'`"): learner(64, 8, MicroBatch(4, sync_bn=True), model=norm_net, cbs=NoiseScale()).fit(1)
     learner(64, 8, MicroBatch(4, sync_bn=True), cbs=NoiseScale()).fit(1) # without a BatchNorm it is no matter
+    learn = learner(64, 8, MicroBatch('auto', sync_bn=True), model=norm_net)
+    with pytest.raises(ValueError, match=r"`bs_find` compares.*MicroBatch\(sync_bn=True\).*`learn.to_microbatch\(8, sync_bn='stats'\).bs_find\(\)`"): find(learn)
+    assert find(learn.to_microbatch(4, sync_bn='stats'), n_it=5).noise_scale>0
+
+@pytest.mark.parametrize('acc,n', ((MicroBatch('auto'),1), (MicroBatch(8),1), (AccumulateStep(1),1), (MicroBatch(4),0), (AccumulateStep(2),0)), ids=str)
+def test_nothing_to_compare_is_told(acc, n):
+    "Once in a fit"
+    learn = learner(64, 8, acc, cbs=NoiseScale())
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        learn.fit(2)
+    assert sum('each step so far is of one micro-batch' in str(w.message) for w in ws)==n==np.isnan(learn.noise_scale.values).all()
     for learn in (learner(64, 64), learner(64, 64, AccumulateStep(4)), learner(64, 1, MicroBatch(1))):
         with pytest.raises(ValueError, match='Take another batch size'): learn.bs_find()
     with pytest.raises(ValueError, match='no two finite gradients'): learner(64, 4, Spoil(math.nan, epochs=range(9))).bs_find(n_it=2)

@@ -194,6 +194,12 @@ def test_nothing_left_to_try(kw, k, tried, hosts):
     if 'sync_bn' not in kw: assert l.model[1][3].mem.asked==[5,2,1,1,1][:5 if tried else 4]
     oom.clean(l)
 
+@pytest.mark.parametrize('kw,named', ((dict(),True), (dict(offload=None),False), (dict(offload='cpu'),False)), ids=str)
+def test_advice_for_a_number(kw, named, hosts):
+    "With a number, memory of the host is named as a cure, unless there is a word about it already"
+    with pytest.raises(torch.OutOfMemoryError, match="with 1 of a batch's 5 samples. Take smaller inputs") as e: run(tight(MicroBatch(1, valid=False, **kw), k=0), fit_once)
+    assert ("`offload`='cpu'" in str(e.value))==named
+
 def test_one_sample_elsewhere(hosts, monkeypatch, capsys):
     "In validation there is nothing to offload; nor on a CPU"
     l = tight(MicroBatch('auto'), k=1)

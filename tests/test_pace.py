@@ -228,6 +228,11 @@ def test_fast(capsys):
     assert learn.micro_batch.bs==4 and said.count('\n')==1 and said.startswith('MicroBatch: 4 samples at a time, the fastest size: ') and ', where 16 take ' in said
     assert_same_run(run(slow(70, 16, MicroBatch(4), cache=4), lambda l: l.fit(1, 0.05)), learn, 0)
 
+def test_fast_records():
+    "What is recorded of the fit that measures is what the large batch records"
+    def of(acc): return run(slow(70, 16, acc, dtype=torch.float32, cache=100, metrics=accuracy), lambda l: l.fit(2, 0.05))
+    assert_same_run(of(None), of(MicroBatch('fast')), 1e-6)
+
 def test_fast_measures(monkeypatch):
     "At the beginning of a fit, unless it is known; not in validation, nor in a fit within a fit"
     calls,was = [],Learner.micro_find
