@@ -163,7 +163,7 @@ def _n_win(self:AccumulateStep, dl):
     n = len(dl)
     if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'): n = math.ceil(n/num_distrib()) # not sharded yet
     if self.leftover!='drop': return math.ceil(n/k)
-    short = n and n%k==0 and self.unit=='n_samples' and k*dl.bs-missing(dl) < self._size(0) # the last window does not fill
+    short = n and n%k==0 and self.unit=='n_samples' and k*loader_bs(dl)-missing(dl) < self._size(0) # the last window does not fill
     return n//k - bool(short)
 
 @patch(as_prop=True)

@@ -8,11 +8,13 @@ __all__ = ['own_class', 'hosted_class', 'host_of', 'HostMethods', 'HostType', 'H
 
 # %% ../nbs/03_hosts.ipynb #5fa91dfa
 import copyreg,time
+from collections.abc import Sized
 from contextlib import nullcontext
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from functools import cache
 from inspect import signature
+from numbers import Integral
 from types import CodeType
 from .losses import mixed_denominators
 from .processes import several_processes,reducer_of
@@ -224,14 +226,16 @@ def loader_bs(
     dl # A dataloader
 )->int|None:
     "Samples in a batch, None if it does not tell"
-    return getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    bs = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    return bs if isinstance(bs, Integral) else None # else it is something else that has this name
 
 def missing(
     dl # A dataloader
 )->int:
     "How many samples its last batch is short of"
-    n = getattr(dl, 'n', None)
-    return -n%dl.bs if n and len(dl)==math.ceil(n/dl.bs) else 0 # else it leaves samples out
+    of_torch = isinstance(dl, torch.utils.data.DataLoader) and isinstance(dl.sampler, Sized)
+    n,bs = len(dl.sampler) if of_torch else getattr(dl, 'n', None),loader_bs(dl)
+    return -n%bs if n and bs and len(dl)==math.ceil(n/bs) else 0 # else it leaves samples out
 
 def check_trainable(
     learn # A `Learner`, as training begins

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .losses import *
 from .window import *
 from .patching import *
-from .hosts import check_trainable
+from .hosts import check_trainable,loader_bs
 from .accumulate import AccumulateStep
 from .microbatch import MicroBatch
 from .pace import *
@@ -232,7 +232,7 @@ def _accumulator(learn):
     if acc is not None and acc.sync_bn is True and any(isinstance(m, _BatchNorm) for m in learn.model.modules()):
         raise ValueError(f"`bs_find` compares gradients of micro-batches, and {acc} has one backward pass for all of them: let BatchNorm see micro-batches while it measures, "
                          "as in `learn.to_microbatch(8, sync_bn='stats').bs_find()`")
-    bs = getattr(dl, 'bs', getattr(dl, 'batch_size', None))
+    bs = loader_bs(dl)
     if (bs if isinstance(acc, MicroBatch) else len(dl))==1:
         raise ValueError("there is nothing smaller than a step to measure, as an epoch is one batch or a batch is one sample: "
                          f"{bs=}, {len(dl)=}. Take another batch size")

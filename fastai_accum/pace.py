@@ -6,7 +6,8 @@
 __all__ = ['PeakMemory', 'SuggestedMicro', 'TimeToLoss', 'check_pace', 'time_to_loss']
 
 # %% ../nbs/10a_pace.ipynb #5e0a7c06
-import gc,re,sys
+import ctypes,gc,re,sys
+from contextlib import suppress
 from matplotlib.ticker import LogLocator
 from statistics import median
 from time import perf_counter
@@ -40,8 +41,8 @@ class PeakMemory:
         "Begin anew"
         if self.cuda: torch.cuda.reset_peak_memory_stats(self.device)
         elif self.cpu:
-            try: Path('/proc/self/clear_refs').write_text('5')
-            except OSError: pass # then it is the most since the process began
+            with suppress(AttributeError,OSError,TypeError): ctypes.CDLL(None).malloc_trim(0) # what is free goes back to the system, or it would be taken again unseen
+            with suppress(OSError): Path('/proc/self/clear_refs').write_text('5') # else it is the most since the process began
 
     @property
     def peak(self):

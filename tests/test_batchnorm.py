@@ -1229,7 +1229,7 @@ def test_offload_comes_back_once(monkeypatch, hosts):
     "What two operations have saved goes out once and comes back once, and nothing is held on the device after the last has asked"
     went,came = [],[]
     class Counted(offload.Away):
-        def __init__(self, t): super().__init__(t); went.append(self)
+        def __init__(self, *args): super().__init__(*args); went.append(self)
         def back(self):
             held = self.here
             res = super().back()
@@ -1337,7 +1337,7 @@ def test_compiled_part(wrap):
     def model(): m = Res().double(); m.head = wrap(m.head); return m
     same(model=model, setup=lambda l: setattr(l, 'splitter', trainable_params))
 
-@pytest.mark.parametrize('v', ('all','Stats',None,1.5,'true'))
+@pytest.mark.parametrize('v', ('all','Stats',1.5,'true'))
 def test_arguments(v):
     for f in (MicroBatch, AccumulateStep):
         with pytest.raises(ValueError, match='`sync_bn`='): f(4, sync_bn=v)

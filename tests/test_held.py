@@ -196,6 +196,17 @@ def test_dropped_micro_batches_move_nothing(n, acc):
     for l in (large,small): run(l, lambda l: l.fit(1))
     same(large, small)
 
+@pytest.mark.parametrize('n', (78,80))
+def test_dropped_samples_of_a_torch_loader(n):
+    "PyTorch's loader, with a last micro-batch that may not fill its window"
+    def made(bs, acc=None):
+        learn = learner(n, bs, acc)
+        learn.dls.loaders[0] = torch.utils.data.DataLoader(learn.dls.train.dataset, batch_size=bs, drop_last=acc is None)
+        return learn
+    large,small = made(16),made(BS, AccumulateStep(n_samples=16, leftover='drop'))
+    for l in (large,small): run(l, lambda l: l.fit_one_cycle(2, 0.02))
+    assert_same_run(large, small, 1e-12, batches=False)
+
 def test_loader_longer_than_its_len():
     "A window that is closed too early, as the loader's end was expected, is told"
     class Long(DataLoader):
@@ -513,7 +524,7 @@ def test_bs_find_within_a_window():
     "It leaves all as it was, also the window that is open"
     for way,event in itertools.product(WAYS, ('before_batch','after_batch','after_step')):
         bs,acc = WAYS[way]
-        at = At(event, lambda l: l.bs_find(n_it=3, show_plot=False), k=2)
+        at = At(event, lambda l: l.bs_find(n_it=3, show_plot=False, pace=False), k=2)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             plain,small = (run(learner(N, bs, acc(), cbs=cbs), fit) for cbs in ((), at))
@@ -543,7 +554,7 @@ def test_arguments_of_tools(call, match):
     assert torch.equal(before, flat(learn.model.parameters())) and learn.opt is None and len(learn.cbs)==2
     run(learn, fit)
 
-@pytest.mark.parametrize('call', (Self.bs_find(show_plot=False), Self.check_accumulation()), ids=('bs_find','check_accumulation'))
+@pytest.mark.parametrize('call', (Self.bs_find(show_plot=False, pace=False), Self.check_accumulation()), ids=('bs_find','check_accumulation'))
 def test_tools_with_nothing_to_learn(call):
     "A frozen model, one without parameters, batches without targets"
     for model in (net, nn.Identity):

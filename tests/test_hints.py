@@ -94,6 +94,20 @@ def test_effective_bs_is_not_known(monkeypatch):
     learn.dls.loaders[0] = [learn.dls.one_batch()]*8
     assert learn.accumulate_step.effective_bs is None and AccumulateStep(4).effective_bs is None and learn.to_microbatch(4).micro_batch.effective_bs is None
 
+class Stored(list):
+    "A loader that keeps its batches in what others have for their size"
+    @property
+    def bs(self): return self[:]
+
+@pytest.mark.parametrize('acc,bs', ((AccumulateStep(4),8), (AccumulateStep(n_samples=32),8), (AccumulateStep(n_samples=32, leftover='drop'),8), (MicroBatch(8),32), (MicroBatch(),32)), ids=str)
+def test_loader_whose_bs_is_no_number(acc, bs):
+    large,small = learner(64, 32, shuffle=False),learner(64, bs, acc, shuffle=False)
+    small.dls.loaders[0] = Stored(small.dls.train)
+    for l in (large,small): run(l, fit)
+    counted = bs==8 and acc.unit=='n_samples' # then windows of an epoch can't be known before
+    assert_same_run(large, small, 1e-12, batches=not counted)
+    if bs==32 or counted: assert acc.effective_bs is None
+
 def test_effective_bs_of_processes(monkeypatch):
     "Before the fit, when the loader is not sharded yet"
     monkeypatch.setenv('WORLD_SIZE', '2')
