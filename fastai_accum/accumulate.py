@@ -29,7 +29,8 @@ class AccumulateMethods(HostMethods):
     def all_batches(self):
         host,own = host_of(self),own_class(type(self))
         if host is None or not self.training: own.all_batches(self)
-        else: host._train(self, partial(own.all_batches, self))
+        else:
+            with host.in_epoch(self): host._train(self, partial(own.all_batches, self))
 
     def _with_events(self, f, event_type, ex, final=noop):
         if event_type=='epoch' and (host := host_of(self)): host.at = self.epoch,self.n_epoch # a validation on the way sets it to 0
@@ -103,9 +104,13 @@ class AccumulateStep(Host):
                              f"fill a window, so there would never be a step. Take a smaller `{self.unit}` or `leftover='step'`")
 
     def check_change(self, name, v):
-        if self.fitting and (name not in self.units or self.part is not None):
+        if (self.fitting or self.part is not None) and (name not in self.units or self.part is not None):
             raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `n_step`, `n_samples` and `n_targets` also in `before_epoch` or `after_epoch`, "
                              "or let them be a function of training progress, such as `SchedLin(1, 8)`")
+
+    def check_late(self):
+        for name,v,why in (('leftover','carry','carries gradients from one epoch to the next'),('n_step','noise','goes by all steps of a fit')):
+            if getattr(self, name)==v: raise ValueError(f"`{name}`={v!r} {why}, and AccumulateStep came in the middle of a fit: add it before the fit")
 
     def instead(self, name, v): return {k:None for k in self.units if k!=name} if name in self.units and v is not None else {}
 

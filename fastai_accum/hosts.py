@@ -113,6 +113,23 @@ class Host(Callback, metaclass=HostType):
             try: self.forget(learn)
             finally: vars(self).update(outer)
 
+    @contextmanager
+    def in_epoch(self, learn):
+        "For the training part of an epoch: if the fit was under way when this callback came, it begins with a fit here"
+        if self.fitting:
+            yield
+            return
+        self.check_late()
+        quiet,self.quiet = self.quiet,True # it may be no fit, but a user's own loop
+        try:
+            with self.in_fit(learn):
+                for event in ('before_fit','before_train'): self(event)
+                yield
+        finally: self.quiet = quiet
+
+    def check_late(self):
+        "A `ValueError` if it can't begin in a fit that is under way"
+
     def forget(self, learn):
         "Leave nothing of an interrupted fit on `learn`"
 

@@ -265,10 +265,13 @@ class LossTerm:
         "What the term divides by in all"
         if self.n is None: return None
         if self.n=='sum' and not self.divs: return None if any(map(_are_shares, self.counts)) else 'sum'
-        c = math.prod([o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in self.divs], start=1 if self.n=='sum' else self.n)
-        if self.counts and all(o is not None for o in self.counts): # sums are often divided by a count that is made at least 1
-            c = c*~(torch.stack([(o==0).all() for o in self.counts]).all() & torch.as_tensor(c<=1))
+        c = _product(self.divs)*(1 if self.n=='sum' else self.n)
+        if self.counts and all(o is not None for o in self.counts): # sums are often divided by a count that is made at least 1, and by a Python number, such as 2, beside it
+            least = _product([o for o in self.divs if not _of_python(o)] or self.divs)
+            c = c*~(torch.stack([(o==0).all() for o in self.counts]).all() & torch.as_tensor(least<=1))
         return abs(c.item() if isinstance(c, torch.Tensor) and c.device.type=='cpu' else c)
+
+def _product(divs): return math.prod([o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in divs])
 
 def _are_shares(o):
     "Are `o` weights that were made to add up to 1? On an accelerator they may be, and samples are counted then"

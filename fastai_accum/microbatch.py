@@ -42,7 +42,9 @@ class MicroBatchMethods(HostMethods):
     def pred(self, pred): vars(self)['pred'] = pred
 
     def all_batches(self):
-        try: own_class(type(self)).all_batches(self)
+        host = host_of(self) if self.training else None
+        try:
+            with nullcontext() if host is None else host.in_epoch(self): own_class(type(self)).all_batches(self)
         except BaseException as e:
             host = host_of(self)
             if host is not None and self.training and not isinstance(e, _cancels): drop_grads(host._mods(self))
@@ -142,8 +144,11 @@ class MicroBatch(Host):
     def busy(self): return self.passes is not None
 
     def check_change(self, name, v):
-        if self.fitting and (name!='bs' or isinstance(v, str) or self.busy()):
+        if self.busy() or self.fitting and (name!='bs' or isinstance(v, str)):
             raise ValueError(f"`{name}`={v!r} is set in a fit that goes by what it was: set it before the fit; `bs`, if it is a number, also between batches, as in `before_batch`")
+
+    def check_late(self):
+        if self.fast: raise ValueError("`bs`='fast' times micro-batches before a fit, and MicroBatch came in the middle of one: add it before the fit, or pass a number")
 
     def forget(self, learn):
         if self.threads is not None: self.threads.end()
@@ -155,7 +160,7 @@ class MicroBatch(Host):
     def before_train(self):
         check_trainable(self.learn)
         if self.watch: self.watch.forget() # validation has had the memory
-        self.hint('windows', split_hint(None if self.auto else self.bs, loader_bs(self.learn.dl), len(self.learn.dl)))
+        if self.fitting: self.hint('windows', split_hint(None if self.auto else self.bs, loader_bs(self.learn.dl), len(self.learn.dl)))
         self.ends = ends(self.model.parameters())
         if self.sync_bn and (why := check_batch_norms(self.model)): raise ValueError(f"`sync_bn`={self.sync_bn!r}: {why}")
         self.reducer = reducer_of(self.model, self.unsharded)
@@ -201,6 +206,7 @@ def _mods(self:MicroBatch, learn): return nn.ModuleList([learn.model, *loss_modu
 @patch
 def _batch(self:MicroBatch, learn, one):
     "A batch by `one`, which is to compute a micro-batch, and its step"
+    if learn.training and not self.fitting: self._begin_late()
     outer,self.depth = self.depth,autocast_depth()
     try:
         with set_aside(self._mods(learn)) if self.kept and learn.training else nullcontext(): self._fit_in(learn, one)
@@ -213,6 +219,13 @@ def _batch(self:MicroBatch, learn, one):
     learn._with_events(learn._step, 'step', CancelStepException)
     learn.opt.zero_grad()
     self.kept = False
+
+@patch
+def _begin_late(self:MicroBatch):
+    "It came in the middle of an epoch: make up for what it has not heard"
+    self.check_late()
+    self.check_fit()
+    self.before_train()
 
 @patch
 def _autocast(self:MicroBatch, learn, event):

@@ -1,6 +1,7 @@
 "Runs that would silently be another one: what other callbacks do at odd moments, and what batches, losses and loaders are made of"
 import pytest,warnings
 from fastai.callback.hook import ActivationStats
+from fastai.callback.training import GradientAccumulation
 from common import *
 from fastai_accum.loop import Accumulator
 from fastai_accum.noise import ratio_interval
@@ -707,3 +708,40 @@ def test_gradients_by_hand_in_a_loop():
                 acc.backward(m(torch.randn(4, 6)), torch.tensor([0,1,2,0]))
                 if write and m[0].weight.grad is not None: m[0].weight.grad += 1
         assert [('`.grad` was changed' in str(w.message)) for w in ws]==[True]*write
+
+# ---- callbacks that come in the middle of a fit
+
+def comes(acc, *cbs, bs=BS, event='before_epoch', k=2, **kwargs):
+    "A learner to which `acc` is added as the second epoch begins"
+    return learner(64, bs, cbs=[At(event, lambda l: l.add_cb(acc), k), *cbs], **kwargs)
+
+@pytest.mark.parametrize('acc,event', ((AccumulateStep(4),'before_epoch'), (MicroBatch(2),'before_epoch'), (MicroBatch(2),'before_batch')))
+def test_comes_beside_what_it_cannot_work_with(acc, event):
+    learn = comes(copy(acc), GradientAccumulation(BS*N_STEP), event=event)
+    with pytest.raises(ValueError, match=f'GradientAccumulation beside {type(acc).__name__}'): run(learn, fit)
+    if event=='before_epoch': sound(learn) # else there is a gradient of GradientAccumulation's
+
+@pytest.mark.parametrize('acc,name,v', ((AccumulateStep(4),'normalize','none'), (AccumulateStep(4),'n_step',2), (MicroBatch(2),'normalize','none'), (MicroBatch(2),'bs',1)))
+def test_comes_and_is_changed(acc, name, v):
+    "Not within a batch"
+    learn = comes(acc, At('after_loss', lambda l: setattr(acc, name, v), 18))
+    with pytest.raises(ValueError, match=f'`{name}`=.* is set in a fit that goes by what it was'): run(learn, fit)
+
+@pytest.mark.parametrize('acc,why', ((AccumulateStep(4, leftover='carry'),"`leftover`='carry' carries gradients from one epoch to the next"), (AccumulateStep('noise'),"`n_step`='noise' goes by all steps"), (MicroBatch('fast'),"`bs`='fast' times micro-batches")))
+def test_comes_too_late(acc, why):
+    learn = comes(acc)
+    with pytest.raises(ValueError, match=why): run(learn, fit)
+    sound(learn)
+
+@pytest.mark.parametrize('acc,bs', ((AccumulateStep(N_STEP),BS), (MicroBatch(BS),BS*N_STEP)))
+def test_comes_and_stays(acc, bs):
+    "It makes the large batch's steps; an error in the epoch in which it came leaves nothing"
+    def boom(l): raise KeyError
+    learn = comes(copy(acc), bs=bs, k=1, shuffle=False)
+    large = run(learner(64, BS*N_STEP, shuffle=False), fit)
+    same(large, run(learn, fit))
+    assert not learn.cbs[-1].fitting
+    again = comes(copy(acc), At('after_backward', boom, 3), bs=bs, k=1, shuffle=False)
+    with pytest.raises(KeyError): run(again, fit)
+    sound(again)
+    assert not again.cbs[-1].fitting

@@ -266,7 +266,8 @@ ALIKE = dict(mul=lambda p,t: Mul.apply(ce(p, t)), mean=lambda p,t: Mean.apply(ea
     four_tasks=lambda p,t: sum(column(p, i) for i in range(4)), three_tasks=lambda p,t: sum(column(p, i) for i in range(3))/3, two_tasks=lambda p,t: sum(column(p, i) for i in range(2)), layers=in_layers, skips=skips, zero=or_zero,
     chunks=lambda p,t: sum(ce(q, u, reduction='sum') for q,u in zip(p.chunk(2), t.chunk(2)))/len(t), each_masked=lambda p,t: sum(q.pow(2).sum()/(1+(q.detach()>0).sum()) for q in p)/len(t))
 OF_ONE = dict(samples=SHOWN['samples'], mean_of_each=lambda p,t: (p.pow(2)*(p.detach()>0)).sum(1).div((p.detach()>0).sum(1).clamp(min=1)).sum()/len(t), stacked=lambda p,t: torch.stack([q[:k+1].pow(2).mean() for q,k in zip(p, t)]).sum()/len(t),
-    at_least_1=SHOWN['at_least_1'], at_least_1_int=lambda p,t: F.cross_entropy(p, t, reduction='none', ignore_index=0).sum()/(t>0).sum().clamp(min=1), reciprocal=lambda p,t: (each(p, t)*some(t).to(p)).sum()*some(t).to(p).sum().clamp(min=1).reciprocal())
+    at_least_1=SHOWN['at_least_1'], at_least_1_int=lambda p,t: F.cross_entropy(p, t, reduction='none', ignore_index=0).sum()/(t>0).sum().clamp(min=1), reciprocal=lambda p,t: (each(p, t)*some(t).to(p)).sum()*some(t).to(p).sum().clamp(min=1).reciprocal(),
+    halved=lambda p,t: SHOWN['at_least_1'](p, t)/2, of_halves=lambda p,t: F.cross_entropy(p, t, reduction='none', ignore_index=0).div(2).sum()/(t>0).sum().clamp(min=1))
 
 @pytest.mark.parametrize('name', ALIKE)
 @pytest.mark.parametrize('way', ('acc','micro'))
