@@ -205,7 +205,7 @@ def test_offload(kw, n, monkeypatch):
     from fastai_accum import batchnorm,fastai1,offload
     begun,away = [],[]
     class Away(offload.Away):
-        def __init__(self, t): super().__init__(t); away.append(1)
+        def __init__(self, *args): super().__init__(*args); away.append(1)
     class Elsewhere(offload.Offload):
         def stays(self, t): return isinstance(t if t._base is None else t._base, nn.Parameter)
         def forget(self): super().forget(); begun.append(1)
