@@ -2,7 +2,8 @@
 `AccumulateStep` makes one optimizer step from the gradients of several small batches.
 `MicroBatch` keeps the dataloader's large batch, and splits it inside the step into pieces small enough to fit.
 Weights, optimizer state, learning rates, recorded losses and `lr_find` are those of the large batch, to the last digits of floating point.
-This also holds where batches are uneven, where windows do not divide the epoch, and where targets are ignored or weighted. The page *Limits* lists the exceptions.
+This also holds where batches are uneven, where windows do not divide the epoch, and where targets are ignored or weighted.
+The page *Limits* lists the exceptions.
 On newer NVIDIA GPUs, PyTorch computes convolutions in TF32 by default. Two runs then agree to the precision of TF32, about three digits."""
 
 __version__ = "0.0.1"

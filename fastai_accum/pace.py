@@ -71,7 +71,8 @@ class SuggestedMicro(namedtuple('SuggestedMicro', 'fastest largest throughput me
 
     def __repr__(self):
         rows = [f'{k:6}{v:12.4g}{self.memory[k]/2**20:10.0f}' for k,v in self.throughput.items()]
-        return '\n'.join([f'fastest {self.fastest}, largest {self.largest}, a step takes {1e3*self.overhead:.2g} ms beside its passes', '  size   samples/s       MiB', *rows])
+        first = f'fastest {self.fastest}, largest {self.largest}, a step takes {1e3*self.overhead:.2g} ms beside its passes'
+        return '\n'.join([first, '  size   samples/s       MiB', *rows])
 
     def plot(self,
         axs=None # Two axes of matplotlib, None for a figure of their own

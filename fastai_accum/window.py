@@ -81,7 +81,9 @@ def check_args(
     words:tuple=() # What else `n_step` may be
 )->str: # Which of 'n_step', 'n_samples' and 'n_targets' says how large a window is
     "A `ValueError` if these can't be the arguments of `AccumulateStep`"
-    sizes = {k:v for k,v in dict(n_step=None if n_step==1 and n_step is not True else n_step, n_samples=n_samples, n_targets=n_targets).items() if v is not None} or dict(n_step=1)
+    one = n_step==1 and n_step is not True
+    sizes = dict(n_step=None if one else n_step, n_samples=n_samples, n_targets=n_targets)
+    sizes = {k:v for k,v in sizes.items() if v is not None} or dict(n_step=1)
     if len(sizes)>1: raise ValueError(f"{' and '.join(f'`{k}`={v!r}' for k,v in sizes.items())}: pass only one of them")
     check_normalize(normalize)
     check_choice('leftover', leftover, ('step','drop','carry'))

@@ -1,13 +1,12 @@
 "Time and memory of micro-batches, against a model that takes a known time, and a learner that is as it was"
 import pickle,time,warnings
-from contextlib import nullcontext
 from copy import deepcopy
 import pytest
 from fastai.callback.training import ShortEpochCallback
 from fastai_accum import pace
 from fastai_accum.pace import *
 from common import *
-from test_noise import Ends,made,snapshot
+from test_noise import Ends,leaves_unchanged,made
 
 def find(learn, **kwargs): return learn.micro_find(**{**dict(secs=0, show_plot=False), **kwargs})
 
@@ -188,19 +187,7 @@ def test_one_sample_is_too_few():
 @pytest.mark.parametrize('name,event,exc,at', (('torch_optimizer',None,None,0), ('accumulating',None,None,0), ('mixed',None,None,0), ('hooked',None,None,0),
     ('trained','before_batch',KeyboardInterrupt,3), ('parts','before_backward',RuntimeError,6)))
 def test_unchanged(name, event, exc, at):
-    "Whatever ends it, nothing that can be seen has changed, and training goes on as if it had not been"
-    event = event or 'after_fit'
-    learn,other = made(name, event),made(name, event)
-    if exc: learn.ends.at,learn.ends.exc = learn.ends.n_event+at,exc
-    before = snapshot(learn)
-    with pytest.raises(exc) if exc else nullcontext(): find(learn)
-    after = snapshot(learn)
-    for k in before: assert str(before[k])==str(after[k]), k
-    learn.ends.at = None
-    for l in (learn,other):
-        seed(5)
-        l.fit(1, 0.01)
-    assert_same_run(other, learn, 0)
+    leaves_unchanged(find, name, event, exc, at)
 
 @pytest.mark.parametrize('cb', (ShortEpochCallback(pct=0.01), Ends('after_batch', CancelTrainException, 3), Ends('after_step', CancelFitException, 5)), ids=('short','train','fit'))
 def test_cut_short(cb):
